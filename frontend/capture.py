@@ -1,0 +1,261 @@
+"""From an `nn.Module` to a `Program`.
+
+Laws: the user's module is not touched (a deep copy is exported, in eval mode); the batch is dynamic unless the user
+says otherwise (capture runs with batch >= 2, or torch would silently freeze it); the graph is functional; guards are
+left out. What cannot be captured is an error that names the user's source line and what to change.
+"""
+
+from __future__ import annotations
+
+import copy
+import inspect
+import logging
+import traceback
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import fx
+from torch.utils import _pytree as pytree
+
+from ..errors import CaptureError, DataError
+from .functionalize import functionalize
+from .program import Program, delete_attribute, describe_tensors
+
+BATCH = "batch"
+_LIBRARY_PARTS = ("/torch/", "/fxpress/frontend/", "<")
+
+
+def capture(
+    module: torch.nn.Module,
+    args: tuple[Any, ...] | torch.Tensor,
+    kwargs: dict[str, Any] | None = None,
+    dynamic_batch: bool = True,
+) -> Program:
+    """Trace `module(*args, **kwargs)` to a Program.
+
+    `args` are example inputs; their values only matter for the numeric checks of later passes. With `dynamic_batch`
+    every tensor whose first size equals that of the first tensor shares one symbolic dim "batch".
+    Raises `CaptureError` (what cannot be traced, and where) or `DataError` (inputs that are no inputs).
+    """
+    args, kwargs = _checked_inputs(module, args, kwargs)
+    if dynamic_batch:
+        args, kwargs = _with_batch_of_two(args, kwargs)
+    copied = copy.deepcopy(module).eval()
+    dynamic = _dynamic_shapes(copied, args, kwargs) if dynamic_batch else None
+    with _quiet():
+        exported = _export(copied, args, kwargs, dynamic)
+        program = program_from_exported(exported, example_leaves=tuple(pytree.tree_leaves((args, kwargs))))
+    program.graph_module.meta["fxpress_model"] = type(module).__name__
+    return program
+
+
+def program_from_exported(
+    exported: torch.export.ExportedProgram,
+    example_leaves: tuple[Any, ...] | None = None,
+    dim_names: list[list[int | str]] | None = None,
+) -> Program:
+    """A Program from an `ExportedProgram` in training IR (not decomposed)."""
+    graph_module = exported.module(check_guards=False)
+    if example_leaves is None:
+        example_leaves = tuple(pytree.tree_leaves(exported.example_inputs))
+    functionalize(graph_module)
+    _drop_counters(graph_module)
+    program = Program(graph_module, example_leaves, (), ())
+    placeholders = program.tensor_placeholders()
+    symbols = _symbol_names(placeholders, dim_names)
+    program.inputs = describe_tensors(placeholders, [str(p.target) for p in placeholders], symbols)
+    outputs = program.output_nodes()
+    program.outputs = describe_tensors(outputs, _output_names(graph_module, outputs), symbols)
+    graph_module.recompile()
+    return program
+
+
+def _checked_inputs(
+    module: torch.nn.Module, args: Any, kwargs: dict[str, Any] | None
+) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    if not isinstance(module, torch.nn.Module):
+        raise CaptureError(
+            f"expected a torch.nn.Module, got {type(module).__name__}",
+            hint="pass the module itself, not its class or its output",
+        )
+    if isinstance(args, torch.Tensor):
+        args = (args,)
+    if not isinstance(args, (tuple, list)):
+        raise DataError(f"args must be a tuple of example inputs, got {type(args).__name__}", hint="write (x,)")
+    kwargs = dict(kwargs or {})
+    tensors = [x for x in pytree.tree_leaves((args, kwargs)) if isinstance(x, torch.Tensor)]
+    if not tensors:
+        raise DataError("the example inputs hold no tensor", hint="pass at least one example tensor, such as torch.randn(2, 3, 224, 224)")
+    for tensor in tensors:
+        if tensor.is_floating_point() and not torch.isfinite(tensor).all():
+            raise DataError("the example inputs hold NaN or infinity", hint="check how they were loaded")
+    return tuple(args), kwargs
+
+
+def _batch_size(args: tuple[Any, ...], kwargs: dict[str, Any]) -> int | None:
+    sizes = [x.shape[0] for x in pytree.tree_leaves((args, kwargs)) if isinstance(x, torch.Tensor) and x.ndim]
+    return int(sizes[0]) if sizes else None
+
+
+def _with_batch_of_two(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """Repeat a batch of one, since torch freezes sizes 0 and 1."""
+    batch = _batch_size(args, kwargs)
+    if batch == 0:
+        raise DataError("the example batch is empty", hint="pass at least one example")
+    if batch != 1:
+        return args, kwargs
+    return pytree.tree_map(lambda x: torch.cat([x, x]) if _has_batch(x, 1) else x, (args, kwargs))
+
+
+def _has_batch(x: Any, batch: int) -> bool:
+    return isinstance(x, torch.Tensor) and x.ndim > 0 and x.shape[0] == batch
+
+
+def _dynamic_shapes(module: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """One `Dim` shared by all first sizes that equal the batch, keyed by forward's parameter names."""
+    batch = _batch_size(args, kwargs)
+    if batch is None:
+        return None
+    dim = torch.export.Dim(BATCH, min=1)
+    spec = lambda x: {0: dim} if _has_batch(x, batch) else None  # noqa: E731
+    try:
+        bound = inspect.signature(module.forward).bind(*args, **kwargs).arguments
+    except TypeError as error:
+        raise DataError(
+            f"the example inputs do not fit {type(module).__name__}.forward: {error}",
+            hint=f"its signature is forward{inspect.signature(module.forward)}",
+        ) from error
+    shapes = {name: pytree.tree_map(spec, value) for name, value in bound.items()}
+    kinds = inspect.signature(module.forward).parameters
+    for name, value in list(shapes.items()):
+        if kinds[name].kind is inspect.Parameter.VAR_KEYWORD:
+            shapes |= shapes.pop(name) if isinstance(value, dict) else {}
+    return shapes
+
+
+def _export(
+    module: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], dynamic: Any
+) -> torch.export.ExportedProgram:
+    try:
+        with torch.no_grad():
+            module(*args, **kwargs)
+    except Exception as error:
+        raise CaptureError(
+            f"the model fails on the example inputs: {type(error).__name__}: {_first_line(error)}",
+            where=_user_line(error),
+            hint="call the model on these inputs yourself; check shapes and dtypes"
+            + _shapes_text(args, kwargs),
+        ) from error
+    try:
+        return torch.export.export(module, args, kwargs, dynamic_shapes=dynamic, strict=False)
+    except Exception as error:
+        raise _capture_error(error) from error
+
+
+def _capture_error(error: Exception) -> CaptureError:
+    text = str(error)
+    name = type(error).__name__
+    if "specialized" in text or "ConstraintViolation" in name or "Constraints violated" in text:
+        return CaptureError(
+            f"the model fixes the batch size: {_first_line(error)}",
+            where=_user_line(error) or _line_in_text(text),
+            hint="use x.shape[0] or -1 instead of a number in view/reshape, or capture with dynamic_batch=False",
+        )
+    if "data-dependent" in text or "DataDependent" in name or "GuardOnDataDependent" in name:
+        return CaptureError(
+            f"the model's control flow or a size depends on data: {_first_line(error)}",
+            where=_user_line(error) or _line_in_text(text),
+            hint="replace the `if` or `.item()` by torch.where or a fixed size; capture the part before it on its own",
+        )
+    return CaptureError(
+        f"torch.export cannot trace the model: {name}: {_first_line(error)}",
+        where=_user_line(error) or _line_in_text(text),
+        hint="change this line to plain tensor operations, or capture a submodule that leaves it out",
+    )
+
+
+def _user_line(error: BaseException) -> str | None:
+    """The deepest frame of a traceback that is not torch's or ours."""
+    frames = traceback.extract_tb(error.__traceback__)
+    own = [f for f in frames if not any(part in f.filename for part in _LIBRARY_PARTS)]
+    return f"{own[-1].filename}:{own[-1].lineno}: {own[-1].line}" if own else None
+
+
+def _line_in_text(text: str) -> str | None:
+    """The last user line that torch wrote into its message."""
+    lines = [s.strip() for s in text.splitlines()]
+    found = [
+        (s, lines[i + 1] if i + 1 < len(lines) else "")
+        for i, s in enumerate(lines)
+        if s.startswith('File "') and not any(part in s for part in _LIBRARY_PARTS)
+    ]
+    return f"{found[-1][0]}: {found[-1][1]}" if found else None
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
+
+
+def _shapes_text(args: tuple[Any, ...], kwargs: dict[str, Any]) -> str:
+    shapes = [
+        f"{tuple(x.shape)} {x.dtype}" for x in pytree.tree_leaves((args, kwargs)) if isinstance(x, torch.Tensor)
+    ]
+    return f" (given: {', '.join(shapes)})"
+
+
+def _symbol_names(placeholders: list[fx.Node], dim_names: list[list[int | str]] | None) -> dict[str, str]:
+    """Which user name each shape symbol bears: the archive's, or "batch" for first sizes and "dimN" for others."""
+    symbols: dict[str, str] = {}
+    for i, node in enumerate(placeholders):
+        for j, size in enumerate(node.meta["val"].shape):
+            if isinstance(size, torch.SymInt) and str(size) not in symbols:
+                given = dim_names[i][j] if dim_names and i < len(dim_names) else None
+                default = BATCH if j == 0 and BATCH not in symbols.values() else f"dim{len(symbols)}"
+                symbols[str(size)] = given if isinstance(given, str) else default
+    return symbols
+
+
+def _output_names(graph_module: fx.GraphModule, outputs: list[fx.Node]) -> list[str]:
+    """Names from the output's dict keys where it has them, else output, output_1, ..."""
+    spec = graph_module.graph._codegen.pytree_info.out_spec
+    (output,) = [n for n in graph_module.graph.nodes if n.op == "output"]
+    paths = pytree.tree_leaves_with_path(pytree.tree_unflatten(pytree.tree_leaves(output.args[0]), spec))
+    named = {id(leaf): _path_name(path) for path, leaf in paths if isinstance(leaf, fx.Node)}
+    names: list[str] = []
+    for i, node in enumerate(outputs):
+        name = named.get(id(node)) or ("output" if i == 0 else f"output_{i}")
+        names.append(name if name not in names else f"{name}_{i}")
+    return names
+
+
+def _path_name(path: tuple[Any, ...]) -> str:
+    keys = [str(getattr(k, "key", getattr(k, "name", ""))) for k in path]
+    return "_".join(k for k in keys if k)
+
+
+def _drop_counters(graph_module: fx.GraphModule) -> None:
+    """`num_batches_tracked` takes no part in inference, and capture in eval mode never advances it."""
+    used = {n.target for n in graph_module.graph.nodes if n.op == "get_attr" and n.users}
+    for node in list(graph_module.graph.nodes):
+        if node.op == "get_attr" and not node.users:
+            graph_module.graph.erase_node(node)
+    for name in [n for n, _ in graph_module.named_buffers()]:
+        if name not in used and name.endswith("num_batches_tracked"):
+            delete_attribute(graph_module, name)
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """torch.export logs and warns a lot about things that are checked here anyway."""
+    logger = logging.getLogger("torch.export")
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logger.setLevel(level)

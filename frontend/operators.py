@@ -1,0 +1,74 @@
+"""The operators that fxpress adds to ATen, so that quantized programs stay plain FX graphs that run and save.
+
+    quantize(x, scale, zero_point, dtype)    q = saturate(round_half_even(x / scale) + zero_point)
+    dequantize(q, scale, zero_point)         x = (q - zero_point) * scale
+    dequantize_channel(q, scale, axis)       the same with one scale per index of `axis`, zero point 0
+    observe(x, key)                          x; the interpreter of the calibration hands x to observer number `key`
+
+The arithmetic is that of ONNX QuantizeLinear and DequantizeLinear (float32 division, round half to even, saturation),
+written once, here: observers, fake quantization, folding and lowering all mean this.
+"""
+
+from __future__ import annotations
+
+import functools
+
+import torch
+
+NAMESPACE = "fxpress"
+
+
+def quantize(x: torch.Tensor, scale: float, zero_point: int, dtype: torch.dtype) -> torch.Tensor:
+    """`saturate(round_half_even(x / scale) + zero_point)` in the integer `dtype`."""
+    info = torch.iinfo(dtype)
+    # A float32 tensor for the scale: dividing by a Python float would multiply by a rounded reciprocal in some kernels.
+    steps = torch.round(x / torch.tensor(scale, dtype=torch.float32, device=x.device))
+    return torch.clamp(steps + zero_point, info.min, info.max).to(dtype)
+
+
+def dequantize(q: torch.Tensor, scale: float, zero_point: int) -> torch.Tensor:
+    """`(q - zero_point) * scale` in float32."""
+    return (q.to(torch.int32) - zero_point).to(torch.float32) * torch.tensor(scale, dtype=torch.float32, device=q.device)
+
+
+def dequantize_channel(q: torch.Tensor, scale: torch.Tensor, axis: int) -> torch.Tensor:
+    """`q * scale` with `scale` along `axis`, in float32. Symmetric: the zero point is 0."""
+    shape = [1] * q.ndim
+    shape[axis] = -1
+    return q.to(torch.float32) * scale.reshape(shape)
+
+
+def _observe(x: torch.Tensor, key: int) -> torch.Tensor:
+    return x.clone()
+
+
+def _fake_quantize(x: torch.Tensor, scale: float, zero_point: int, dtype: torch.dtype) -> torch.Tensor:
+    return torch.empty_like(x, dtype=dtype)
+
+
+def _fake_dequantize(q: torch.Tensor, scale: float, zero_point: int) -> torch.Tensor:
+    return torch.empty_like(q, dtype=torch.float32)
+
+
+def _fake_dequantize_channel(q: torch.Tensor, scale: torch.Tensor, axis: int) -> torch.Tensor:
+    return torch.empty_like(q, dtype=torch.float32)
+
+
+_OPERATORS = {
+    "quantize(Tensor x, float scale, int zero_point, ScalarType dtype) -> Tensor": (quantize, _fake_quantize),
+    "dequantize(Tensor q, float scale, int zero_point) -> Tensor": (dequantize, _fake_dequantize),
+    "dequantize_channel(Tensor q, Tensor scale, int axis) -> Tensor": (dequantize_channel, _fake_dequantize_channel),
+    "observe(Tensor x, int key) -> Tensor": (_observe, lambda x, key: torch.empty_like(x)),
+}
+
+
+@functools.cache
+def declare_operators() -> torch.library.Library:
+    """Register the operators with torch, once; afterwards they are `torch.ops.fxpress.quantize` and so on."""
+    library = torch.library.Library(NAMESPACE, "DEF")
+    for schema, (implementation, fake) in _OPERATORS.items():
+        name = schema.split("(")[0]
+        library.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
+        library.impl(name, implementation, "CompositeExplicitAutograd")
+        torch.library.register_fake(f"{NAMESPACE}::{name}", fake, lib=library)
+    return library

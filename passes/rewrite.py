@@ -1,0 +1,159 @@
+"""Small tools that passes edit graphs with: match an op, read its arguments by name, put in new nodes, swap weights."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch import fx
+from torch.fx.operator_schemas import normalize_function  # noqa: F401  # re-exported for pass authors
+
+from ..frontend.program import Program, delete_attribute, get_attribute, set_attribute
+
+aten = torch.ops.aten
+
+
+def find(program: Program, *targets: Any) -> Iterator[fx.Node]:
+    """All nodes that call one of `targets`, in order. Safe to edit the graph while iterating."""
+    for node in list(program.graph.nodes):
+        if node.op == "call_function" and node.target in targets:
+            yield node
+
+
+def is_op(value: Any, *targets: Any) -> bool:
+    """Is `value` a node that calls one of `targets`?"""
+    return isinstance(value, fx.Node) and value.op == "call_function" and value.target in targets
+
+
+def argument(node: fx.Node, name: str) -> Any:
+    """The value of an op's argument by its schema name, defaults filled in.
+
+    Raises KeyError for a name that the op's schema does not have.
+    """
+    for position, item in enumerate(node.target._schema.arguments):  # type: ignore[union-attr]
+        if item.name == name:
+            if name in node.kwargs:
+                return node.kwargs[name]
+            if position < len(node.args):
+                return node.args[position]
+            return item.default_value
+    raise KeyError(f"{node.target} has no argument {name!r}")
+
+
+def set_argument(node: fx.Node, name: str, value: Any) -> None:
+    """Set an op's argument by its schema name, filling in defaults before it as needed."""
+    arguments = node.target._schema.arguments  # type: ignore[union-attr]
+    names = [a.name for a in arguments]
+    position = names.index(name)
+    if arguments[position].kwarg_only:
+        node.kwargs = {**node.kwargs, name: value}
+        return
+    filled = [argument(node, n) for n in names[: max(position + 1, len(node.args))]]
+    filled[position] = value
+    node.args = tuple(filled)
+    node.kwargs = {k: v for k, v in node.kwargs.items() if k not in names[: len(filled)]}
+
+
+def call_before(node: fx.Node, target: Callable[..., Any], *args: Any, value: Any = None, **kwargs: Any) -> fx.Node:
+    """Insert `target(*args)` before `node`, with the source of `node`. `value` is its meta["val"]."""
+    with node.graph.inserting_before(node):
+        return _with_meta(node.graph.call_function(target, args, kwargs), node, value)
+
+
+def call_after(node: fx.Node, target: Callable[..., Any], *args: Any, value: Any = None, **kwargs: Any) -> fx.Node:
+    """Insert `target(*args)` after `node`, with the source of `node`. `value` is its meta["val"]."""
+    with node.graph.inserting_after(node):
+        return _with_meta(node.graph.call_function(target, args, kwargs), node, value)
+
+
+def _with_meta(new: fx.Node, origin: fx.Node, value: Any) -> fx.Node:
+    new.meta = {k: v for k, v in origin.meta.items() if k in ("stack_trace", "nn_module_stack", "custom")}
+    new.meta["val"] = origin.meta.get("val") if value is None else value
+    return new
+
+
+def replace(node: fx.Node, value: fx.Node) -> None:
+    """Let every reader of `node` read `value`, and erase `node`."""
+    node.replace_all_uses_with(value)
+    node.graph.erase_node(node)
+
+
+# -- weights ------------------------------------------------------------------------------------------------------
+
+
+def is_constant(value: Any) -> bool:
+    """Is `value` a node that reads a parameter or buffer?"""
+    return isinstance(value, fx.Node) and value.op == "get_attr"
+
+
+def constant(program: Program, node: Any) -> torch.Tensor | None:
+    """The tensor that a get_attr node reads; None for None."""
+    return None if node is None else get_attribute(program.graph_module, str(node.target))
+
+
+def put_constant(program: Program, path: str, tensor: torch.Tensor, before: fx.Node) -> fx.Node:
+    """Store a parameter or buffer at `path` and read it by a new get_attr node before `before`.
+
+    A path that is already read by other nodes gets a suffix, so that a shared weight is never changed by accident.
+    """
+    used = {n.target for n in program.graph.nodes if n.op == "get_attr"}
+    name, i = path, 1
+    while name in used:
+        name, i = f"{path}_{i}", i + 1
+    set_attribute(program.graph_module, name, tensor)
+    with program.graph.inserting_before(before):
+        node = program.graph.get_attr(name)
+    node.meta["val"] = fake_like(before, tensor)
+    return node
+
+
+def update_constant(program: Program, node: fx.Node, tensor: torch.Tensor) -> None:
+    """Replace the tensor that a get_attr node reads (and all nodes that read the same path)."""
+    old = constant(program, node)
+    if isinstance(old, torch.nn.Parameter) and tensor.is_floating_point():
+        tensor = torch.nn.Parameter(tensor.detach(), requires_grad=old.requires_grad)
+    set_attribute(program.graph_module, str(node.target), tensor)
+    for other in program.graph.nodes:
+        if other.op == "get_attr" and other.target == node.target:
+            other.meta["val"] = fake_like(node, tensor)
+
+
+def fake_like(node: fx.Node, tensor: torch.Tensor) -> torch.Tensor:
+    """A fake tensor with the form of `tensor`, in the fake mode that the program was captured in."""
+    mode = fake_mode_of(node.graph)
+    return mode.from_tensor(tensor.detach(), static_shapes=True) if mode is not None else tensor.detach()
+
+
+def fake_mode_of(graph: fx.Graph) -> Any:
+    """The FakeTensorMode of the graph's placeholders, or None."""
+    for node in graph.nodes:
+        mode = getattr(node.meta.get("val"), "fake_mode", None)
+        if node.op == "placeholder" and mode is not None:
+            return mode
+    return None
+
+
+def erase_dead(program: Program) -> int:
+    """Erase nodes without readers and parameters without nodes. Returns how many nodes went."""
+    erased = 0
+    for node in reversed(list(program.graph.nodes)):
+        if node.op in ("call_function", "get_attr") and not node.users:
+            program.graph.erase_node(node)
+            erased += 1
+    erase_unused_state(program)
+    return erased
+
+
+def erase_unused_state(program: Program) -> None:
+    """Delete parameters, buffers and subgraphs that no node reads."""
+    module = program.graph_module
+    used = {str(n.target) for n in program.graph.nodes if n.op == "get_attr"}
+    held = [name for name, _ in module.named_parameters(remove_duplicate=False)]
+    held += [name for name, _ in module.named_buffers(remove_duplicate=False)]
+    for name in held:
+        if name not in used:
+            delete_attribute(module, name)
+    for name, child in list(module.named_modules()):
+        if isinstance(child, fx.GraphModule) and name and name not in used:
+            delete_attribute(module, name)

@@ -1,0 +1,121 @@
+"""What the manager checks after every pass, so that no pass has to be believed.
+
+1. The graph is well formed (`Graph.lint`), and no parameter or buffer is without a reader.
+2. Shapes and dtypes, propagated anew with fake tensors, equal what the nodes say (stale ones are refreshed when the
+   pass did not declare that it preserves the interface only for the outputs).
+3. A pass that preserves the interface leaves names, dtypes and dims of inputs and outputs alone.
+4. A pass that preserves values gives the same outputs on the example inputs, within its tolerance.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import fx
+
+from ..errors import PassError
+from ..frontend.program import Program, describe_tensors, source_of
+from .base import INTERFACE, VALUES, Pass
+from .rewrite import erase_unused_state, fake_mode_of
+
+
+def check_structure(program: Program, who: str) -> None:
+    """Rules 1 and 2. Raises PassError naming the pass `who`."""
+    try:
+        program.graph.lint()
+    except RuntimeError as error:
+        raise PassError(f"pass {who!r} left a malformed graph: {error}", hint=_BUG) from error
+    erase_unused_state(program)
+    program.graph_module.recompile()
+    refresh_values(program, who)
+
+
+def refresh_values(program: Program, who: str = "refresh") -> None:
+    """Propagate shapes and dtypes with fake tensors through the whole graph and store them on the nodes."""
+    mode = fake_mode_of(program.graph)
+    if mode is None:
+        return
+    propagate = _Propagate(program.graph_module, mode, who)
+    placeholders = [n for n in program.graph.nodes if n.op == "placeholder"]
+    propagate.run_nodes([n.meta.get("val") for n in placeholders])
+
+
+def check_interface(item: Pass, before: Program, after: Program) -> None:
+    """Rule 3; a pass that does not promise it has its new outputs described instead."""
+    nodes = after.output_nodes()
+    outputs = describe_tensors(nodes, [o.name for o in before.outputs], after.symbols)
+    if INTERFACE not in item.preserves:
+        after.outputs = outputs
+        return
+    if len(nodes) != len(before.outputs) or outputs != before.outputs or after.inputs != before.inputs:
+        raise PassError(
+            f"pass {item.name!r} declares that it preserves the interface, but the outputs went from "
+            f"{_list(before.outputs)} to {_list(outputs)}",
+            hint=f"leave the outputs alone, or take {INTERFACE!r} out of `preserves`",
+        )
+
+
+def check_values(item: Pass, before: tuple[torch.Tensor, ...], after: tuple[torch.Tensor, ...]) -> float:
+    """Rule 4: the worst relative difference max|a - b| / max|b| over the outputs. Raises PassError above tolerance."""
+    if VALUES not in item.preserves:
+        return 0.0
+    worst = max((relative_difference(a, b) for a, b in zip(after, before)), default=0.0)
+    if not worst <= item.tolerance:
+        raise PassError(
+            f"pass {item.name!r} declares that it preserves values, but the outputs changed by {worst:.2e} relative "
+            f"(allowed {item.tolerance:.0e})",
+            hint=f"mend the pass, or take {VALUES!r} out of `preserves`",
+        )
+    return worst
+
+
+def relative_difference(a: torch.Tensor, b: torch.Tensor) -> float:
+    """max |a - b| / max |b|; NaN counts as infinite unless both have it in the same places."""
+    if a.shape != b.shape:
+        return float("inf")
+    if not a.numel():
+        return 0.0
+    if not a.is_floating_point():
+        return float((a != b).double().mean())
+    if not torch.equal(torch.isnan(a), torch.isnan(b)):
+        return float("inf")
+    a, b = torch.nan_to_num(a.double()), torch.nan_to_num(b.double())
+    return float((a - b).abs().max() / b.abs().max().clamp_min(1e-30))
+
+
+_BUG = "this is a bug in the pass; run with --dump DIR to see the program before and after it"
+
+
+def _list(infos: tuple[Any, ...]) -> str:
+    return "(" + ", ".join(map(str, infos)) + ")"
+
+
+class _Propagate(fx.Interpreter):
+    """Runs the graph on fake tensors and stores what each node gives."""
+
+    def __init__(self, module: fx.GraphModule, mode: Any, who: str) -> None:
+        super().__init__(module)
+        self.mode = mode
+        self.who = who
+
+    def run_nodes(self, values: list[Any]) -> None:
+        with self.mode, torch.no_grad():
+            self.run(*values, enable_io_processing=False)
+
+    def run_node(self, n: fx.Node) -> Any:
+        try:
+            value = super().run_node(n)
+        except Exception as error:
+            raise PassError(
+                f"after pass {self.who!r} the node {n.name} ({n.target}) cannot run: {str(error).splitlines()[0]}",
+                where=source_of(n),
+                hint=_BUG,
+            ) from error
+        if n.op in ("call_function", "get_attr"):
+            n.meta["val"] = value
+        return value
+
+    def fetch_attr(self, target: str) -> Any:
+        value = super().fetch_attr(target)
+        return self.mode.from_tensor(value, static_shapes=True) if isinstance(value, torch.Tensor) else value
