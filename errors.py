@@ -6,6 +6,9 @@ followed. Public functions raise nothing else for bad input.
 
 from __future__ import annotations
 
+import difflib
+from collections.abc import Iterable
+
 
 class FxpressError(Exception):
     """Base of all errors that a user can cause and mend.
@@ -74,3 +77,17 @@ class VerificationError(FxpressError):
 
 class OutputError(FxpressError):
     """A result cannot be written where it was asked for."""
+
+
+def first_line(error: BaseException) -> str:
+    """The first line of another library's message, or the error's type where it has none."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
+
+
+def did_you_mean(word: str, known: Iterable[str], title: str = "known") -> str:
+    """A hint for an unknown name: what is close to it, else the first of what there is."""
+    names = sorted(known)
+    close = difflib.get_close_matches(word, names, n=3, cutoff=0.5)
+    if close:
+        return f"did you mean {' or '.join(close)}?"
+    return f"{title}: {', '.join(names[:12]) or 'none'}{', ...' if len(names) > 12 else ''}"
