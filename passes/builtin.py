@@ -10,6 +10,8 @@ from importlib.metadata import entry_points
 MODULES = (
     "cleanup",
     "fuse_batchnorm",
+    "canonicalize",
+    "quantize.passes",
 )
 ENTRY_POINTS = "fxpress.passes"
 

@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from torch import fx
+from torch._dispatch.python import enable_python_dispatcher
 
 from ..errors import PassError
 from ..frontend.program import Program, describe_tensors, source_of
@@ -100,7 +101,8 @@ class _Propagate(fx.Interpreter):
         self.who = who
 
     def run_nodes(self, values: list[Any]) -> None:
-        with self.mode, torch.no_grad():
+        # Python kernels keep symbolic sizes symbolic; some C++ ones (batch_norm) would freeze the batch.
+        with self.mode, torch.no_grad(), enable_python_dispatcher():
             self.run(*values, enable_io_processing=False)
 
     def run_node(self, n: fx.Node) -> Any:

@@ -1,0 +1,26 @@
+"""Targets: one table per runtime and kind of processor."""
+
+from __future__ import annotations
+
+import difflib
+import importlib
+
+from ...errors import OptionError
+from ...passes.quantize.spec import Target
+
+# Target name -> the module here that holds its table as TARGET.
+MODULES = {"ort-x86": "ort_x86"}
+
+
+def target_names() -> list[str]:
+    """The names of all targets."""
+    return sorted(MODULES)
+
+
+def load_target(name: str) -> Target:
+    """The table of a target. Raises OptionError for an unknown name."""
+    if name not in MODULES:
+        close = difflib.get_close_matches(name, MODULES, n=1)
+        guess = f"did you mean {close[0]!r}? " if close else ""
+        raise OptionError(f"unknown target {name!r}", hint=f"{guess}targets: {', '.join(target_names())}")
+    return importlib.import_module(f".{MODULES[name]}", __package__).TARGET

@@ -1,0 +1,71 @@
+"""ONNX Runtime on x86 with VNNI: what its CPU execution provider computes on 8-bit integers.
+
+Measured with onnxruntime 1.31; every row has a test that loads the pattern and looks at the optimized graph
+(tests/test_target_ort_x86.py). Fast kernels multiply uint8 activations with int8 weights: uint8 affine activations,
+int8 symmetric weights per output channel, int32 biases at scale input x weight.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from ...passes.quantize.conditions import (
+    constant_weights,
+    floating,
+    four_dimensional,
+    global_pool,
+    pads_with_zero,
+    plain_add,
+    two_dimensional,
+    two_tensors,
+)
+from ...passes.quantize.spec import NumberFormat, QuantParams, Row, Target
+
+# sigmoid gives values in (0, 1): 256 steps of 1/256.
+_UNIT = QuantParams(1.0 / 256.0, 0, torch.uint8)
+
+TARGET = Target(
+    name="ort-x86",
+    summary="ONNX Runtime, CPU, x86 with VNNI: uint8 activations, int8 weights per channel",
+    activation=NumberFormat(torch.uint8),
+    weight=NumberFormat(torch.int8, symmetric=True, per_channel=True, narrow=True),
+    round_to=16,
+    round_narrow_to=8,
+    absorbs=("aten.relu.default", "aten.relu6.default", "aten.hardtanh.default", "aten.clamp.default",
+             "aten.clamp_min.default"),
+    expand=("aten.silu.default",),
+    rows=(
+        # Conv with quantized input and output: QLinearConv. Without a quantized output it would run in float and
+        # dequantize its weights at every call.
+        Row(("aten.conv2d.default", "aten.conv2d.padding", "aten.conv1d.default", "aten.conv1d.padding",
+             "aten.conv3d.default"), "layer", ("input",), (floating, constant_weights)),
+        # Gemm on a matrix, int32 bias: QGemm, with quantized or float output.
+        Row(("aten.linear.default",), "layer", ("input",), (floating, constant_weights, two_dimensional),
+            float_output=True),
+        Row(("aten.add.Tensor",), "arithmetic", ("self", "other"), (floating, two_tensors, plain_add)),
+        Row(("aten.mul.Tensor",), "arithmetic", ("self", "other"), (floating, two_tensors)),
+        Row(("aten.cat.default",), "arithmetic", ("tensors",), (floating,)),
+        Row(("aten.adaptive_avg_pool2d.default", "aten.mean.dim"), "arithmetic", ("self",), (floating, global_pool)),
+        Row(("aten.leaky_relu.default",), "arithmetic", ("self",), (floating,)),
+        Row(("aten.sigmoid.default",), "fixed", ("self",), (floating,), fixed=_UNIT),
+        # These run on 8 bit directly: the output has the scale of the input.
+        Row(("aten.max_pool2d.default",), "move", ("self",), (floating, four_dimensional)),
+        Row(("aten.view.default", "aten.reshape.default", "aten.flatten.using_ints", "aten.unflatten.int",
+             "aten.permute.default", "aten.transpose.int", "aten.t.default", "aten.slice.Tensor", "aten.select.int",
+             "aten.squeeze.dim", "aten.squeeze.dims", "aten.unsqueeze.default", "aten.pixel_shuffle.default",
+             "aten.upsample_nearest2d.vec", "aten.upsample_nearest2d.default"), "move", ("self",), (floating,)),
+        Row(("aten.constant_pad_nd.default",), "move", ("self",), (floating, pads_with_zero)),
+        Row(("aten.chunk.default", "aten.split.Tensor", "aten.split_with_sizes.default"), "move", ("self",)),
+        Row(("<built-in function getitem>",), "move"),
+        # In 8 bit these are correct, and slower than in float.
+        Row(("aten.avg_pool2d.default",), "float", reason="the 8-bit AveragePool is 7 times slower than the float one"),
+        Row(("aten.softmax.int", "aten._softmax.default"), "float",
+            reason="the 8-bit Softmax is 7 times slower than the float one"),
+        Row(("aten.conv_transpose1d.default", "aten.conv_transpose2d.input", "aten.conv_transpose3d.input"), "float",
+            reason="ONNX Runtime has no integer ConvTranspose",
+            hint="a convolution followed by pixel_shuffle runs on integers"),
+        Row(("aten.hardswish.default", "aten.hardsigmoid.default", "aten.tanh.default", "aten.gelu.default",
+             "aten.layer_norm.default", "aten.instance_norm.default", "aten.group_norm.default"), "float",
+            reason="ONNX Runtime has no integer kernel for it"),
+    ),
+)

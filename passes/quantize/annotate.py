@@ -1,0 +1,195 @@
+"""Decide, by the target's table alone, what is computed on integers and which tensors are quantized for it.
+
+The result is an `Annotation` on each node (`node.meta["quantize"]`). The rules:
+1. A layer (weights) is computed on integers wherever its row applies.
+2. Other ops follow their operands: each must come from integers, or be quantized anyway because a layer reads it.
+   (Quantizing a float tensor only to add it costs more than the addition saves.)
+3. What no integer op reads in the end is not quantized for its own sake: integer arithmetic without integer readers
+   goes back to float. Layers stay; a layer whose row has a float-output kernel gives float to float readers.
+4. An activation that directly follows an integer op, as its only reader, is absorbed: the range of the quantization
+   does its work, because its smallest stored number is 0 (and its largest at most the activation's own bound).
+"""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+
+import torch
+from torch import fx
+
+from ...frontend.program import Program, layer_name
+from ..rewrite import argument, aten, call_before, is_constant, replace
+from .spec import Row, Target
+
+KEY = "quantize"
+
+
+@dataclass
+class Annotation:
+    """How one node is computed on integers: its row, its activation operands, and the node that bears its output.
+
+    `output` is the node itself or the activation that is absorbed into it; None when the output stays float.
+    """
+
+    row: Row
+    operands: tuple[fx.Node, ...]
+    output: fx.Node | None = None
+    absorbed: tuple[fx.Node, ...] = field(default=())
+
+
+def annotation(node: fx.Node) -> Annotation | None:
+    """What `annotate` decided for a node, or None for float."""
+    return node.meta.get(KEY)
+
+
+def annotate_program(program: Program, target: Target) -> tuple[int, list[str]]:
+    """Annotate all nodes. Returns (number of integer nodes, reasons why layers stay in float)."""
+    _expand(program, target)
+    rows = _choose_rows(program, target)
+    _demote_unread(program, target, rows)
+    for node, row in rows.items():
+        node.meta[KEY] = _annotation(node, row, rows, target)
+    return len(rows), _float_layers(program, target, rows)
+
+
+def clear_annotations(program: Program) -> None:
+    """Forget what was decided."""
+    for node in program.graph.nodes:
+        node.meta.pop(KEY, None)
+
+
+# -- rule 0: other spellings ---------------------------------------------------------------------------------------
+
+
+def _expand(program: Program, target: Target) -> None:
+    """Write ops that the target has no kernel for as ops that it has, where they follow something it computes."""
+    for node in list(program.graph.nodes):
+        expansion = _EXPANSIONS.get(str(node.target)) if str(node.target) in target.expand else None
+        if expansion is not None and _follows_layer(node, target):
+            replace(node, expansion(node))
+
+
+def _follows_layer(node: fx.Node, target: Target) -> bool:
+    source = node.args[0]
+    row = target.row_for(source) if isinstance(source, fx.Node) and source.op == "call_function" else None
+    return row is not None and row.kind == "layer" and not row.float_output
+
+
+def _silu(node: fx.Node) -> fx.Node:
+    """silu(x) = x * sigmoid(x)"""
+    gate = call_before(node, aten.sigmoid.default, node.args[0])
+    return call_before(node, aten.mul.Tensor, node.args[0], gate)
+
+
+_EXPANSIONS = {"aten.silu.default": _silu}
+
+
+# -- rules 1 to 3 --------------------------------------------------------------------------------------------------
+
+
+def _choose_rows(program: Program, target: Target) -> dict[fx.Node, Row]:
+    """Rules 1 and 2, in graph order."""
+    rows: dict[fx.Node, Row] = {}
+    integer = _read_by_layers(program, target)  # nodes whose value is there as integers
+    for node in program.graph.nodes:
+        if node.op != "call_function":
+            continue
+        row = target.row_for(node)
+        if row is not None and row.kind != "float" and _applies(node, row, integer):
+            rows[node] = row
+            if not row.float_output:
+                integer.add(node)
+        elif str(node.target) in target.absorbs and node.args[0] in integer:
+            integer.add(node)
+    return rows
+
+
+def _read_by_layers(program: Program, target: Target) -> set[fx.Node]:
+    calls = [n for n in program.graph.nodes if n.op == "call_function"]
+    rows = [(n, target.row_for(n)) for n in calls]
+    return {o for n, row in rows if row is not None and row.kind == "layer" for o in operands_of(n, row)}
+
+
+def _applies(node: fx.Node, row: Row, integer: set[fx.Node]) -> bool:
+    if row.kind == "layer":
+        return True
+    operands = operands_of(node, row)
+    return bool(operands) and all(o in integer for o in operands)
+
+
+def operands_of(node: fx.Node, row: Row) -> tuple[fx.Node, ...]:
+    """The activations that a node reads, in order; lists (as of cat) are flattened, parameters left out."""
+    values: list[fx.Node] = []
+    named = [node.args[0]] if node.target is operator.getitem else [argument(node, n) for n in row.operands]
+    for value in named:
+        candidates: Iterable[object] = value if isinstance(value, (list, tuple)) else (value,)
+        values += [v for v in candidates if isinstance(v, fx.Node) and not is_constant(v)]
+    return tuple(values)
+
+
+def _demote_unread(program: Program, target: Target, rows: dict[fx.Node, Row]) -> None:
+    """Rule 3, from the outputs backwards."""
+    needed: set[fx.Node] = set()  # nodes whose value some integer op reads
+    for node in reversed(list(program.graph.nodes)):
+        row = rows.get(node)
+        if row is None:
+            if node in needed and str(node.target) in target.absorbs:
+                # It hands the need on to the op that may absorb it.
+                needed.add(node.args[0])  # type: ignore[arg-type]
+            continue
+        if row.kind != "layer" and node not in needed:
+            del rows[node]
+            continue
+        needed.update(operands_of(node, row))
+
+
+# -- rule 4 --------------------------------------------------------------------------------------------------------
+
+
+def _annotation(node: fx.Node, row: Row, rows: dict[fx.Node, Row], target: Target) -> Annotation:
+    bearer, absorbed = node, ()
+    reader = next(iter(node.users)) if len(node.users) == 1 else None
+    if reader is not None and row.kind != "move" and str(reader.target) in target.absorbs and can_absorb(reader):
+        bearer, absorbed = reader, (reader,)
+    wanted = any(u in rows and bearer in operands_of(u, rows[u]) for u in bearer.users)
+    keep_float = row.float_output and not wanted
+    if keep_float:
+        return Annotation(row, operands_of(node, row))
+    return Annotation(row, operands_of(node, row), bearer, absorbed)
+
+
+def can_absorb(activation: fx.Node) -> bool:
+    """Is the activation a clamp that starts at 0, so that an unsigned range can express it?"""
+    if activation.target in (aten.relu.default, aten.relu6.default):
+        return True
+    if activation.target is aten.hardtanh.default:
+        return argument(activation, "min_val") == 0
+    if activation.target is aten.clamp.default:
+        return argument(activation, "min") == 0
+    return activation.target is aten.clamp_min.default and activation.args[1] == 0
+
+
+def upper_bound(activation: fx.Node) -> float | None:
+    """The largest value that an absorbed activation lets through, None for no bound."""
+    if activation.target is aten.relu6.default:
+        return 6.0
+    name = {aten.hardtanh.default: "max_val", aten.clamp.default: "max"}.get(activation.target)  # type: ignore[arg-type]
+    bound = argument(activation, name) if name else None
+    return None if bound is None else float(bound)
+
+
+def _float_layers(program: Program, target: Target, rows: dict[fx.Node, Row]) -> list[str]:
+    """Reasons for the nodes with weights that are not computed on integers."""
+    reasons = []
+    for node in program.graph.nodes:
+        if node.op == "call_function" and node not in rows and _has_weights(node):
+            reasons.append(f"{layer_name(node)} stays in float: {target.why_float(node)}")
+    return reasons
+
+
+def _has_weights(node: fx.Node) -> bool:
+    """A parameter of at least two dims is read directly (conv, linear, matmul with a parameter)."""
+    values = [n.meta.get("val") for n in node.all_input_nodes if n.op == "get_attr"]
+    return any(isinstance(v, torch.Tensor) and v.ndim >= 2 for v in values)

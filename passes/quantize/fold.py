@@ -1,0 +1,193 @@
+"""Turn an observed program into a quantized one: weights to int8, biases to int32, quantize/dequantize on activations.
+
+The result is a faithful simulation that still runs in PyTorch: every integer layer reads dequantized integers and its
+result is quantized with the arithmetic of `frontend/operators.py`, which is that of the runtime up to one step.
+
+    w_q = round(w / s_w)  in [-127, 127], s_w per output channel        b_q = round(b / (s_x * s_w))  in int32
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import fx
+
+from ...errors import QuantizationError
+from ...frontend.program import Program, layer_name, set_attribute
+from ..rewrite import (
+    argument,
+    aten,
+    call_before,
+    constant,
+    erase_dead,
+    fake_like,
+    find,
+    put_constant,
+    replace,
+    set_argument,
+)
+from .annotate import Annotation, annotation, clear_annotations, upper_bound
+from .observe import Site, sites_of
+from .observers import best_bounds
+from .spec import NumberFormat, QuantParams, Target, choose_params
+
+_BIAS_LIMIT = 2.0**30  # half of int32, so that adding the products to the bias cannot overflow
+
+
+@dataclass
+class _Folding:
+    """What the steps share: the program, the target, and the parameters of each observed tensor by observe node."""
+
+    program: Program
+    target: Target
+    weight_ranges: str
+    params: dict[fx.Node, QuantParams]
+
+
+def fold_program(program: Program, target: Target, weight_ranges: str) -> int:
+    """Fold all observers and weights. Returns the number of integer layers."""
+    sites = sites_of(program)
+    if not sites.samples:
+        raise QuantizationError("the observers have seen no data", hint="run the pass `calibrate` before `fold`")
+    observes = list(find(program, torch.ops.fxpress.observe.default))
+    params = {n: _site_params(sites.root(int(n.args[1])), target.activation) for n in observes}  # type: ignore[arg-type]
+    folding = _Folding(program, target, weight_ranges, params)
+    layers = 0
+    for node in list(program.graph.nodes):
+        note = annotation(node)
+        if note is None:
+            continue
+        if note.row.kind == "layer":
+            _fold_layer(folding, node, note)
+            layers += 1
+        _drop_absorbed(folding, note)
+    for node in observes:
+        _fold_observer(node, params[node], on_integers=_is_move(node.args[0]))
+    clear_annotations(program)
+    del program.graph_module.meta["observers"]
+    erase_dead(program)
+    return layers
+
+
+# -- activations ---------------------------------------------------------------------------------------------------
+
+
+def _site_params(site: Site, form: NumberFormat) -> QuantParams:
+    if site.fixed is not None:
+        return site.fixed
+    assert site.observer is not None
+    try:
+        params = site.observer.params(form)
+    except QuantizationError as error:
+        raise QuantizationError(f"{site.layer}: {error.message}", hint=error.hint) from error
+    if site.bound is not None and params.high > site.bound:
+        params = choose_params(params.low, site.bound, form)
+    return params
+
+
+def _fold_observer(node: fx.Node, params: QuantParams, on_integers: bool) -> None:
+    """observe(x) becomes dequantize(quantize(x)); behind a move, which is let work on the integers, dequantize(x)."""
+    source = node.args[0]
+    assert isinstance(source, fx.Node)
+    if on_integers:
+        _move_integers(source, params)
+        q = source
+    else:
+        q = call_before(
+            node, torch.ops.fxpress.quantize.default, source, params.scale, params.zero_point, params.dtype
+        )
+    replace(node, call_before(node, torch.ops.fxpress.dequantize.default, q, params.scale, params.zero_point))
+
+
+def _is_move(value: object) -> bool:
+    note = annotation(value) if isinstance(value, fx.Node) else None
+    return note is not None and note.row.kind == "move"
+
+
+def _move_integers(node: fx.Node, params: QuantParams) -> None:
+    """Let a move read integers instead of their dequantized values; what it pads with becomes the zero point."""
+    source = node.args[0]
+    assert isinstance(source, fx.Node)
+    if source.target is torch.ops.fxpress.dequantize.default:
+        node.replace_input_with(source, source.args[0])  # type: ignore[arg-type]
+    elif _is_move(source):  # a part of a split
+        _move_integers(source, params)
+    if node.target is aten.constant_pad_nd.default:
+        set_argument(node, "value", params.zero_point)
+
+
+def _drop_absorbed(folding: _Folding, note: Annotation) -> None:
+    """Remove an activation whose work the quantization after it does: zero is its smallest number."""
+    for activation in note.absorbed:
+        observe = next(iter(activation.users))
+        params = folding.params[observe]
+        smallest = torch.iinfo(params.dtype).min
+        bound = upper_bound(activation)
+        if params.zero_point == smallest and (bound is None or params.high <= bound * (1 + 1e-6)):
+            replace(activation, activation.args[0])  # type: ignore[arg-type]
+
+
+# -- weights -------------------------------------------------------------------------------------------------------
+
+
+def _fold_layer(folding: _Folding, node: fx.Node, note: Annotation) -> None:
+    (operand,) = note.operands
+    observe = node.args[0]
+    assert isinstance(observe, fx.Node)
+    x_scale = folding.params[observe].scale
+    weight_node, bias_node = node.args[1], argument(node, "bias")
+    weight, bias = constant(folding.program, weight_node), constant(folding.program, bias_node)
+    assert weight is not None
+    if not torch.isfinite(weight).all() or (bias is not None and not torch.isfinite(bias).all()):
+        raise QuantizationError(
+            f"the weights of {layer_name(node)} hold NaN or infinity", hint="check the checkpoint; training may have diverged"
+        )
+    scales = weight_scales(weight.detach(), folding.target.weight, folding.weight_ranges)
+    if bias is not None:
+        scales = torch.maximum(scales, (bias.detach().double().abs() / (x_scale * _BIAS_LIMIT)).float())
+    integers = quantize_weight(weight.detach(), scales)
+    set_argument(node, "weight", _stored(folding, node, weight_node, integers, scales))  # type: ignore[arg-type]
+    if bias is not None:
+        bias_scales = scales * torch.tensor(x_scale, dtype=torch.float32)
+        q = torch.round(bias.detach().double() / bias_scales.double()).to(torch.int32)
+        set_argument(node, "bias", _stored(folding, node, bias_node, q, bias_scales))
+
+
+def _stored(folding: _Folding, node: fx.Node, source: fx.Node, q: torch.Tensor, scales: torch.Tensor) -> fx.Node:
+    """Keep integers and their scales as buffers and read them through `dequantize_channel` (a new node).
+
+    The integers take the place and the name of the float parameter when `node` is its only reader.
+    """
+    program, path = folding.program, str(source.target)
+    readers = [u for n in node.graph.nodes if n.op == "get_attr" and n.target == path for u in n.users]
+    value = source.meta.get("val")
+    if readers == [node]:
+        set_attribute(program.graph_module, path, q)
+        source.meta["val"] = fake_like(node, q)
+    else:
+        source = put_constant(program, f"{path}_int", q, node)
+    scale = put_constant(program, f"{path}_scale", scales, node)
+    return call_before(node, torch.ops.fxpress.dequantize_channel.default, source, scale, 0, value=value)
+
+
+def weight_scales(weight: torch.Tensor, form: NumberFormat, ranges: str) -> torch.Tensor:
+    """One symmetric scale per output channel (first dim), float32[out]; or per tensor, repeated.
+
+    `ranges`: "minmax" covers the largest weight, "mse" clips where that lessens the squared error.
+    """
+    rows = weight.reshape(weight.shape[0], -1).double()
+    if not form.per_channel:
+        rows = rows.reshape(1, -1)
+    bounds = best_bounds(rows, form) if ranges == "mse" else rows.abs().amax(1)
+    scales = (bounds / form.limits[1]).float()
+    # A channel of zeros needs some scale; 1 stores its zeros exactly.
+    scales = torch.where(scales > 2.0**-100, scales, torch.ones_like(scales))
+    return scales.expand(weight.shape[0]).clone()
+
+
+def quantize_weight(weight: torch.Tensor, scales: torch.Tensor) -> torch.Tensor:
+    """Symmetric int8 weights in [-127, 127], `scales` along the first dim."""
+    shaped = scales.reshape(-1, *[1] * (weight.ndim - 1))
+    return torch.clamp(torch.round(weight.float() / shaped), -127, 127).to(torch.int8)
+

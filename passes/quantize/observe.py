@@ -1,0 +1,164 @@
+"""Put an observer on every tensor that will be quantized, and run calibration data through them.
+
+An observed tensor x is read through `observe(x)`. Where x comes from an integer op, everybody reads it there (the float
+value does not exist on the target); where x comes from a float op or is an input, only integer readers do.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import fx
+
+from ...errors import DataError, QuantizationError
+from ...frontend.operators import declare_operators
+from ...frontend.program import Program, layer_name
+from ..base import Context
+from ..rewrite import call_after
+from .annotate import annotation, upper_bound
+from .observers import Observer, make_observer
+from .spec import QuantParams
+
+
+@dataclass
+class Site:
+    """One observed tensor: its observer, or where its parameters come from instead.
+
+    `shared` names another site with the same scale (moves), `fixed` gives known parameters, `bound` caps the range from
+    above and `floor` from below (an absorbed activation's own limits). `layer` is the name of the float node.
+    """
+
+    key: int
+    layer: str
+    observer: Observer | None = None
+    shared: int | None = None
+    fixed: QuantParams | None = None
+    floor: float | None = None
+    bound: float | None = None
+
+
+@dataclass
+class Sites:
+    """All sites of a program, by key; kept in `graph_module.meta["observers"]`."""
+
+    by_key: dict[int, Site] = field(default_factory=dict)
+    samples: int = 0
+
+    def root(self, key: int) -> Site:
+        """The site that decides the parameters of `key`, following sharing."""
+        site = self.by_key[key]
+        return self.root(site.shared) if site.shared is not None else site
+
+
+def sites_of(program: Program) -> Sites:
+    """The observers in a program. Raises QuantizationError when there are none."""
+    sites = program.graph_module.meta.get("observers")
+    if sites is None:
+        raise QuantizationError("the program has no observers", hint="run the pass `observe` before this one")
+    return sites
+
+
+def insert_observers(program: Program, ranges: str) -> int:
+    """Insert `observe` nodes for all annotations. Returns how many."""
+    declare_operators()
+    sites = Sites()
+    observed: dict[fx.Node, fx.Node] = {}  # tensor -> its observe node
+    for node in list(program.graph.nodes):
+        note = annotation(node)
+        if note is None:
+            continue
+        for operand in filter(_is_tensor, note.operands):
+            if operand not in observed:
+                # Not the output of an integer op, or it would have been observed there: float readers keep the float.
+                observed[operand] = _observe_node(operand, _add_site(sites, operand, ranges))
+            node.replace_input_with(operand, observed[operand])
+        if note.output is not None and _is_tensor(note.output):
+            site = _add_site(sites, note.output, ranges)
+            _describe(site, node)
+            readers = list(note.output.users)
+            observed[note.output] = _observe_node(note.output, site)
+            for reader in readers:
+                reader.replace_input_with(note.output, observed[note.output])
+    program.graph_module.meta["observers"] = sites
+    return len(sites.by_key)
+
+
+def _add_site(sites: Sites, tensor: fx.Node, ranges: str) -> Site:
+    site = Site(len(sites.by_key), tensor.name, make_observer(ranges))
+    sites.by_key[site.key] = site
+    return site
+
+
+def _observe_node(tensor: fx.Node, site: Site) -> fx.Node:
+    node = call_after(tensor, torch.ops.fxpress.observe.default, tensor, site.key)
+    node.meta["custom"] = {**node.meta.get("custom", {}), "layer": site.layer, "module": layer_name(tensor)}
+    return node
+
+
+def _describe(site: Site, node: fx.Node) -> None:
+    """Say where the parameters of an integer op's output come from, other than from observing it."""
+    note = annotation(node)
+    assert note is not None
+    if note.row.kind == "move":
+        site.shared, site.observer = _key_before(node), None
+    elif note.row.fixed is not None:
+        site.fixed, site.observer = note.row.fixed, None
+    for activation in note.absorbed:
+        site.floor, site.bound = 0.0, upper_bound(activation)
+
+
+def _is_tensor(node: fx.Node) -> bool:
+    """Not the list that split and chunk give; its parts are tensors."""
+    return isinstance(node.meta.get("val"), torch.Tensor)
+
+
+def _key_before(node: fx.Node) -> int:
+    """The key of the observe node that a move reads, directly or as part of a split."""
+    source = node.all_input_nodes[0]
+    while source.target is not torch.ops.fxpress.observe.default:
+        source = source.all_input_nodes[0]
+    return int(source.args[1])  # type: ignore[arg-type]
+
+
+def calibrate_program(program: Program, batches: Iterable[tuple[torch.Tensor, ...]], context: Context) -> int:
+    """Run all batches and let the observers see them. Memory is that of one batch. Returns the number of samples."""
+    sites = sites_of(program)
+    runner = _Calibration(program.graph_module, sites)
+    placeholders = program.tensor_placeholders()
+    count = 0
+    for batch in batches:
+        runner.run_batch(program, placeholders, batch)
+        count += int(batch[0].shape[0]) if batch[0].ndim else 1
+        if context.progress:
+            context.progress("calibrate", count, None)
+    if count == 0:
+        raise DataError("the calibration data is empty", hint="give at least one batch, better 100 to 1000 samples")
+    sites.samples += count
+    return count
+
+
+class _Calibration(fx.Interpreter):
+    """Runs the graph and hands each observed tensor to its observer; values are freed once no node needs them."""
+
+    def __init__(self, module: fx.GraphModule, sites: Sites) -> None:
+        super().__init__(module, garbage_collect_values=True)
+        self.sites = sites
+
+    def run_batch(self, program: Program, placeholders: list[fx.Node], batch: tuple[torch.Tensor, ...]) -> None:
+        given = dict(zip(placeholders, batch, strict=True))
+        names = [n for n in program.graph.nodes if n.op == "placeholder"]
+        leaves = [given.get(n, e) for n, e in zip(names, program.example_inputs)]
+        with torch.no_grad():
+            self.run(*leaves, enable_io_processing=False)
+
+    def call_function(self, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        if target is not torch.ops.fxpress.observe.default:
+            return super().call_function(target, args, kwargs)
+        value, key = args
+        observer = self.sites.by_key[key].observer
+        if observer is not None:
+            observer.observe(value)
+        return value

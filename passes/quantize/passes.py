@@ -1,0 +1,109 @@
+"""Quantization as passes: annotate, observe, calibrate, fold; and `quantize`, which is the four in a row."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+
+from ...errors import DataError, QuantizationError
+from ...frontend.program import Program
+from ..base import INTERFACE, VALUES, Change, Context, Pass, register_pass
+from .annotate import annotate_program
+from .fold import fold_program
+from .observe import calibrate_program, insert_observers
+from .spec import Target
+
+Ranges = Literal["minmax", "moving-average", "mse"]
+WeightRanges = Literal["minmax", "mse"]
+
+
+@register_pass
+@dataclass(frozen=True)
+class Annotate(Pass):
+    """Decide by the target's table what is computed on integers."""
+
+    name = "annotate"
+    preserves = frozenset({VALUES, INTERFACE})
+
+    def run(self, program: Program, context: Context) -> Change:
+        count, reasons = annotate_program(program, _target(context))
+        if count == 0:
+            raise QuantizationError(
+                f"target {_target(context).name} computes nothing of this program on integers"
+                + "".join(f"\n  {r}" for r in reasons[:5]),
+                hint="use the recipe `float`, or another target",
+            )
+        return Change(count, reasons)
+
+
+@register_pass
+@dataclass(frozen=True)
+class Observe(Pass):
+    """Put an observer on every tensor that will be quantized."""
+
+    name = "observe"
+    preserves = frozenset({VALUES, INTERFACE})
+
+    ranges: Ranges = "mse"
+
+    def run(self, program: Program, context: Context) -> Change:
+        return Change(insert_observers(program, self.ranges))
+
+
+@register_pass
+@dataclass(frozen=True)
+class Calibrate(Pass):
+    """Run the calibration data through the observers."""
+
+    name = "calibrate"
+    preserves = frozenset({VALUES, INTERFACE})
+
+    def run(self, program: Program, context: Context) -> Change:
+        count = calibrate_program(program, _calibration(context), context)
+        return Change(count, [f"{count} samples"])
+
+
+@register_pass
+@dataclass(frozen=True)
+class Fold(Pass):
+    """Fold observers and weights into integers."""
+
+    name = "fold"
+    preserves = frozenset({INTERFACE})
+
+    weights: WeightRanges = "minmax"
+
+    def run(self, program: Program, context: Context) -> Change:
+        return Change(fold_program(program, _target(context), self.weights))
+
+
+@register_pass
+@dataclass(frozen=True)
+class Quantize(Pass):
+    """Quantize for the target: annotate, observe, calibrate, fold."""
+
+    name = "quantize"
+    preserves = frozenset({INTERFACE})
+
+    ranges: Ranges = "mse"
+    weights: WeightRanges = "minmax"
+
+    def run(self, program: Program, context: Context) -> Change:
+        steps = (Annotate(), Observe(self.ranges), Calibrate(), Fold(self.weights))
+        changes = [step.run(program, context) for step in steps]
+        return Change(changes[-1].count, [note for c in changes for note in c.notes])
+
+
+def _target(context: Context) -> Target:
+    if context.target is None:
+        raise QuantizationError("quantization needs a target", hint="pass --target, for example ort-x86")
+    return context.target
+
+
+def _calibration(context: Context) -> Iterable[tuple[torch.Tensor, ...]]:
+    if context.calibration is None:
+        raise DataError("quantization needs calibration data", hint="pass --data, or calibration=batches from Python")
+    return context.calibration

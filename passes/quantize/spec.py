@@ -1,0 +1,156 @@
+"""The words of quantization: number formats, scales, and what a target's table consists of.
+
+    real = scale * (q - zero_point)
+
+A `Target` is data. Its rows say, op by op, how the target's runtime can compute on integers; `annotate` reads them and
+nothing else, so that a new runtime is a new table. The tables live in `backends/targets/`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Literal
+
+import torch
+from torch import fx
+
+from ...errors import QuantizationError
+
+# layer        weights: quantized inputs, int8 weights, int32 bias, quantized output
+# arithmetic   all inputs and the output quantized, each with its own scale
+# move         moves or selects values: the output has the scale of the input
+# fixed        arithmetic whose output range is known beforehand (sigmoid)
+# float        not computed on integers here, with the reason
+Kind = Literal["layer", "arithmetic", "move", "fixed", "float"]
+# A condition looks at a node and returns why a row does not apply to it, or None when it does.
+Condition = Callable[[fx.Node], str | None]
+
+TINY = 2.0**-100  # a scale below this makes float32 products of two scales vanish
+
+
+@dataclass(frozen=True)
+class NumberFormat:
+    """How quantized numbers are stored: integer dtype, symmetric (zero point 0) or affine, one scale or many.
+
+    `narrow` leaves out the most negative number, so that a symmetric range is [-127, 127].
+    """
+
+    dtype: torch.dtype
+    symmetric: bool = False
+    per_channel: bool = False
+    narrow: bool = False
+
+    @property
+    def limits(self) -> tuple[int, int]:
+        """(smallest, largest) stored integer."""
+        info = torch.iinfo(self.dtype)
+        return info.min + int(self.narrow), info.max
+
+
+@dataclass(frozen=True)
+class QuantParams:
+    """Scale and zero point of one tensor. `scale` is exactly representable in float32."""
+
+    scale: float
+    zero_point: int
+    dtype: torch.dtype
+
+    @property
+    def low(self) -> float:
+        """The smallest real number that can be stored."""
+        return self.scale * (torch.iinfo(self.dtype).min - self.zero_point)
+
+    @property
+    def high(self) -> float:
+        """The largest real number that can be stored."""
+        return self.scale * (torch.iinfo(self.dtype).max - self.zero_point)
+
+
+def choose_params(low: float, high: float, form: NumberFormat) -> QuantParams:
+    """Scale and zero point for values in [low, high]; zero is always exactly representable.
+
+    Raises QuantizationError for a range that is not finite.
+    """
+    if not (abs(low) < float("inf") and abs(high) < float("inf")):
+        raise QuantizationError(
+            f"a tensor has the range [{low}, {high}]",
+            hint="look for NaN or overflow in the calibration data and in the weights",
+        )
+    low, high = min(low, 0.0), max(high, 0.0)
+    qmin, qmax = form.limits
+    if form.symmetric:
+        bound = max(-low, high)
+        return QuantParams(_as_float32(bound / qmax) or 1.0, 0, form.dtype)
+    scale = _as_float32((high - low) / (qmax - qmin)) or 1.0
+    zero_point = round(qmin - low / scale)
+    return QuantParams(scale, min(max(zero_point, qmin), qmax), form.dtype)
+
+
+def _as_float32(value: float) -> float:
+    """The nearest float32; a value too small to be a scale becomes 0."""
+    return float(torch.tensor(value, dtype=torch.float32)) if value > TINY else 0.0
+
+
+@dataclass(frozen=True)
+class Row:
+    """One line of a target's table: how nodes that call one of `ops` are computed.
+
+    `when` may decline with a reason; `operands` are the argument names that hold activations; `float_output` says that
+    the output may stay float (an integer kernel with float output exists); `fixed` is the output's known range.
+    `reason` (for kind "float") is told to the user, `hint` says what would change it.
+    """
+
+    ops: tuple[str, ...]
+    kind: Kind
+    operands: tuple[str, ...] = ("self",)
+    when: tuple[Condition, ...] = ()
+    float_output: bool = False
+    fixed: QuantParams | None = None
+    reason: str = ""
+    hint: str = ""
+
+    def declines(self, node: fx.Node) -> str | None:
+        """Why this row does not apply to `node`, or None."""
+        for condition in self.when:
+            if (reason := condition(node)) is not None:
+                return reason
+        return None
+
+
+@dataclass(frozen=True)
+class Target:
+    """A runtime on a kind of processor, as a table.
+
+    `absorbs` are activation functions that vanish into the quantization of their input when their lower bound is
+    the smallest stored number. `expand` names ops that are written as others first (silu as sigmoid and mul).
+    `round_to` is the channel count multiple that its kernels like, for wide and for narrow layers.
+    """
+
+    name: str
+    summary: str
+    activation: NumberFormat
+    weight: NumberFormat
+    rows: tuple[Row, ...]
+    absorbs: tuple[str, ...] = ()
+    expand: tuple[str, ...] = ()
+    bias: NumberFormat = field(default=NumberFormat(torch.int32, symmetric=True, per_channel=True))
+    round_to: int = 1
+    round_narrow_to: int = 1
+
+    def row_for(self, node: fx.Node) -> Row | None:
+        """The first row whose ops include the node's and that does not decline it."""
+        return next((r for r in self.rows_about(node) if r.declines(node) is None), None)
+
+    def rows_about(self, node: fx.Node) -> list[Row]:
+        """All rows that name the node's op."""
+        name = str(node.target)
+        return [r for r in self.rows if name in r.ops]
+
+    def why_float(self, node: fx.Node) -> str:
+        """Why the node is computed in float here, for people."""
+        rows = self.rows_about(node)
+        declined = [r.declines(node) for r in rows]
+        stated = [r.reason for r, d in zip(rows, declined) if d is None and r.kind == "float"]
+        reasons = [*stated, *(d for d in declined if d)]
+        return reasons[0] if reasons else f"target {self.name} has no row for {node.target}"
