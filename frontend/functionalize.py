@@ -139,6 +139,7 @@ def _replace_write(graph: fx.Graph, node: fx.Node) -> None:
     node.target = _functional_target(node)
     for user in later:
         user.replace_input_with(written, node)
+    _retake_views(graph, written, node, None)
     if _is_view(written):
         _write_back(graph, written, node)
 
@@ -149,7 +150,7 @@ def _users_after(value: fx.Node, node: fx.Node) -> list[fx.Node]:
 
 def _is_view(node: fx.Node) -> bool:
     return node.op == "call_function" and (
-        node.target in _SCATTER or node.target in _RESHAPES or node.target in _PERMUTES or node.target in _OTHER_VIEWS
+        node.target in (*_SCATTER, *_RESHAPES, *_PERMUTES, *_OTHER_VIEWS)
     )
 
 
@@ -157,15 +158,13 @@ def _write_back(graph: fx.Graph, view: fx.Node, value: fx.Node) -> None:
     """`value` was written through `view`: make the new base, and let later readers of the old base read it."""
     base = view.args[0]
     later = _users_after(base, value)
-    if not later and not _is_view(base):
-        return
     with graph.inserting_after(value):
         new_base = _undo_view(graph, view, base, value)
     new_base.meta = {**value.meta, "val": base.meta["val"]}
     for user in later:
         if user is not new_base:
             user.replace_input_with(base, new_base)
-    _refresh_views(base, new_base, view)
+    _retake_views(graph, base, new_base, view)
     if _is_view(base):
         _write_back(graph, base, new_base)
 
@@ -175,9 +174,15 @@ def _undo_view(graph: fx.Graph, view: fx.Node, base: fx.Node, value: fx.Node) ->
         return graph.call_function(_SCATTER[view.target], (base, value, *view.args[1:]), dict(view.kwargs))
     if view.target in _PERMUTES:
         return graph.call_function(view.target, (value, *view.args[1:]))
-    shape = base.meta["val"].shape
-    if view.target in _RESHAPES and all(isinstance(s, int) for s in shape):
-        return graph.call_function(aten.reshape.default, (value, list(shape)))
+    if view.target is aten.permute.default:
+        dims = [d % len(view.args[1]) for d in view.args[1]]
+        return graph.call_function(aten.permute.default, (value, [dims.index(i) for i in range(len(dims))]))
+    if view.target in _RESHAPES:
+        sizes = [
+            s if isinstance(s, int) else graph.call_function(aten.sym_size.int, (base, d))
+            for d, s in enumerate(base.meta["val"].shape)
+        ]
+        return graph.call_function(aten.reshape.default, (value, sizes))
     raise CaptureError(
         f"the model writes in place through {view.target}, which fxpress cannot express without in-place ops",
         where=source_of(value),
@@ -185,15 +190,16 @@ def _undo_view(graph: fx.Graph, view: fx.Node, base: fx.Node, value: fx.Node) ->
     )
 
 
-def _refresh_views(base: fx.Node, new_base: fx.Node, written: fx.Node) -> None:
-    """Other views of the old base that are read after the write would see stale data: refuse rather than guess."""
+def _retake_views(graph: fx.Graph, base: fx.Node, new_base: fx.Node, written: fx.Node | None) -> None:
+    """Take views of the old base again from the new one, for those who read them after the write."""
     for other in list(base.users):
-        if other in (written, new_base) or not _is_view(other) or not other < new_base:
+        if other in (written, new_base) or not (_is_view(other) or other.target is operator.getitem):
             continue
-        stale = [u for u in other.users if new_base < u]
-        if stale:
-            raise CaptureError(
-                "a view taken before an in-place write is read after it",
-                where=source_of(stale[0]),
-                hint="take the view after the write",
-            )
+        if not other < new_base:
+            continue
+        with graph.inserting_after(new_base):
+            again = graph.node_copy(other, lambda n: new_base if n is base else n)
+        for user in _users_after(other, new_base):
+            if user is not again:
+                user.replace_input_with(other, again)
+        _retake_views(graph, other, again, written)

@@ -1,0 +1,113 @@
+"""The manager believes no pass: each declaration is checked, and what a pass did is recorded."""
+
+from __future__ import annotations
+
+import json
+import zipfile
+from dataclasses import dataclass
+
+import pytest
+import torch
+from torch import nn
+
+import fxpress
+from fxpress.errors import PassError
+from fxpress.passes.base import INTERFACE, VALUES
+from fxpress.passes.manager import PassManager, op_counts, run_passes
+from fxpress.passes.rewrite import call_after, find
+
+aten = torch.ops.aten
+
+
+@dataclass(frozen=True)
+class Scale(fxpress.Pass):
+    """Multiply every relu by a factor, while declaring that values are preserved."""
+
+    name = "test-scale"
+    preserves = frozenset({VALUES, INTERFACE})
+    factor: float = 1.0
+
+    def run(self, program, context):
+        for node in find(program, aten.relu.default):
+            scaled = call_after(node, aten.mul.Tensor, node, self.factor)
+            node.replace_all_uses_with(scaled, delete_user_cb=lambda u, s=scaled: u is not s)
+        return fxpress.Change(1, ["scaled"])
+
+
+@dataclass(frozen=True)
+class Flatten(fxpress.Pass):
+    """Change the shape of the output."""
+
+    name = "test-flatten"
+    preserves = frozenset({INTERFACE})
+
+    def run(self, program, context):
+        (last,) = program.output_nodes()
+        flat = call_after(last, aten.flatten.using_ints, last, 0)
+        last.replace_all_uses_with(flat, delete_user_cb=lambda u: u is not flat)
+        return fxpress.Change(1)
+
+
+@dataclass(frozen=True)
+class Broken(fxpress.Pass):
+    """Leave a graph that cannot run."""
+
+    name = "test-broken"
+
+    def run(self, program, context):
+        for node in find(program, aten.relu.default):
+            node.target = aten.conv2d.default
+        return fxpress.Change(1)
+
+
+@pytest.fixture
+def program():
+    return fxpress.capture(nn.Sequential(nn.Linear(3, 3), nn.ReLU()), torch.ones(2, 3))
+
+
+def test_a_true_declaration_passes_and_is_recorded(program):
+    result = run_passes(program, [Scale(1.0)])
+    record = result.log[-1]
+    assert (record.name, record.changes, record.notes) == ("test-scale", 1, ["scaled"])
+    assert record.seconds > 0
+    assert record.peak_rss_mb > 10
+    assert "aten.mul.Tensor" not in op_counts(program), "the argument must not change"
+
+
+@pytest.mark.parametrize(
+    ("item", "message"),
+    [
+        (Scale(1.01), "preserves values, but the outputs changed by 1.00e-02"),
+        (Flatten(), "preserves the interface, but"),
+        (Broken(), "cannot run"),
+    ],
+)
+def test_a_false_declaration_is_caught(program, item, message):
+    with torch.no_grad():
+        for p in program.parameters():
+            p.fill_(0.5)
+    with pytest.raises(PassError) as error:
+        run_passes(program, [item])
+    assert message in str(error.value)
+
+
+def test_dump_writes_the_graph_and_the_difference(program, tmp_path):
+    PassManager([Scale(1.0)], dump=tmp_path).run(program)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["00-input.txt", "01-test-scale.txt"]
+    text = (tmp_path / "01-test-scale.txt").read_text()
+    assert "aten.mul.Tensor: 0 -> 1" in text
+    assert "%relu = aten.relu.default" in text
+
+
+def test_a_failure_leaves_a_reproducer(program, tmp_path):
+    fxpress.register_pass(Broken)
+    with pytest.raises(PassError) as error:
+        PassManager([Broken()], repro=tmp_path / "crash.repro").run(program)
+    assert any("crash.repro" in note for note in error.value.__notes__)
+    with zipfile.ZipFile(tmp_path / "crash.repro") as bundle:
+        facts = json.loads(bundle.read("repro.json"))
+        bundle.extract("program.pt2", tmp_path)
+    assert facts["pipeline"] == "test-broken"
+    replayed = fxpress.Program.load(tmp_path / "program.pt2")
+    with pytest.raises(PassError, match="cannot run"):
+        run_passes(replayed, facts["pipeline"])
