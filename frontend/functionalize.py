@@ -158,7 +158,7 @@ def _write_back(graph: fx.Graph, view: fx.Node, value: fx.Node) -> None:
     """`value` was written through `view`: make the new base, and let later readers of the old base read it."""
     base = view.args[0]
     later = _users_after(base, value)
-    with graph.inserting_after(value):
+    with graph.inserting_before(value.next):
         new_base = _undo_view(graph, view, base, value)
     new_base.meta = {**value.meta, "val": base.meta["val"]}
     for user in later:
