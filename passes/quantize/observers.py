@@ -155,7 +155,7 @@ class Histogram:
 
 def _finest_exponent(low: float, high: float, bins: int) -> int:
     """The smallest k for which [low, high] touches at most `bins` bins of width 2^k."""
-    span = max(high - low, 2.0**-120)
+    span = max(high - low, 2.0**-80)  # finer widths would leave float32
     exponent = math.floor(math.log2(span / bins)) - 1
     while math.floor(high / 2.0**exponent) - math.floor(low / 2.0**exponent) + 1 > bins:
         exponent += 1
