@@ -20,7 +20,7 @@ class Canonicalize(Pass):
     1. An average pool whose window is the whole map is the global pool `adaptive_avg_pool2d(x, 1)`.
     2. A mean over both spatial dims of [N, C, H, W] is the global pool too (flattened where dims are dropped).
     3. `relu6(x)` and `clamp(x, low, high)` with both bounds are `hardtanh(x, low, high)`; `clamp_min(x, 0)` is `relu(x)`.
-    4. `conv2d(padding="valid")` is `conv2d(padding=0)`.
+    4. `conv2d(padding="valid")` is `conv2d(padding=0)`, and `pad(mode="constant")` is `constant_pad_nd`.
     """
 
     name = "canonicalize"
@@ -94,7 +94,15 @@ def _valid_padding(node: fx.Node) -> fx.Node | None:
     return call_before(node, aten.conv2d.default, *(argument(node, n) for n in names), pads, *rest)
 
 
+def _constant_pad(node: fx.Node) -> fx.Node | None:
+    if argument(node, "mode") != "constant":
+        return None
+    value = argument(node, "value")
+    return call_before(node, aten.constant_pad_nd.default, node.args[0], node.args[1], 0 if value is None else value)
+
+
 _RULES = {
+    aten.pad.default: _constant_pad,
     aten.avg_pool2d.default: _global_average,
     aten.mean.dim: _mean,
     aten.relu6.default: _relu6,
