@@ -1,0 +1,40 @@
+"""The operators of quantized programs (frontend/operators.py) as QuantizeLinear and DequantizeLinear."""
+
+from __future__ import annotations
+
+import torch
+from onnx_ir import Value
+
+from .emit import Emitter, Operand, positive
+from .table import row
+
+_QUANTIZED = (torch.int8, torch.uint8, torch.int16, torch.uint16)
+_DEQUANTIZED = (*_QUANTIZED, torch.int32)
+
+
+@row("fxpress.quantize.default")
+def quantize(g: Emitter, x: Operand, scale: float, zero_point: int, dtype: torch.dtype) -> Value:
+    """QuantizeLinear with a float32 scale and a zero point of the storage type."""
+    if dtype not in _QUANTIZED:
+        raise g.reject(f"quantization to {dtype} is not lowered", hint=f"use one of {_QUANTIZED}")
+    return g.op("QuantizeLinear", g.cast(x, torch.float32), g.scalar(scale, torch.float32), g.scalar(zero_point, dtype))
+
+
+@row("fxpress.dequantize.default")
+def dequantize(g: Emitter, q: Operand, scale: float, zero_point: int) -> Value:
+    """DequantizeLinear, one scale."""
+    _check(g, q)
+    return g.op("DequantizeLinear", q, g.scalar(scale, torch.float32), g.scalar(zero_point, q.dtype))
+
+
+@row("fxpress.dequantize_channel.default")
+def dequantize_channel(g: Emitter, q: Operand, scale: Operand, axis: int) -> Value:
+    """DequantizeLinear with one scale per index of `axis`, zero point 0."""
+    _check(g, q)
+    zero_points = g.constant(torch.zeros(tuple(scale.form.shape), dtype=q.dtype))
+    return g.op("DequantizeLinear", q, scale, zero_points, axis=positive(axis, q.rank))
+
+
+def _check(g: Emitter, q: Operand) -> None:
+    if q.dtype not in _DEQUANTIZED:
+        raise g.reject(f"dequantization of {q.dtype} is not lowered", hint=f"use one of {_DEQUANTIZED}")
