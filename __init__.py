@@ -12,18 +12,39 @@ from ._version import __version__
 from .errors import FxpressError
 
 if TYPE_CHECKING:
-    from .frontend.capture import capture
-    from .frontend.program import Program
-    from .passes.base import Change, Context, Pass, register_pass
+    from .api import compile as compile
+    from .api import quantize as quantize
+    from .api import to_onnx as to_onnx
+    from .frontend.capture import capture as capture
+    from .frontend.preprocess import Preprocess as Preprocess
+    from .frontend.program import Program as Program
+    from .passes.base import Change as Change
+    from .passes.base import Context as Context
+    from .passes.base import Pass as Pass
+    from .passes.base import register_pass as register_pass
+    from .passes.manager import run_passes as run_passes
+    from .passes.prune.plan import PruningPlan as PruningPlan
+    from .passes.prune.plan import plan_pruning as plan_pruning
+    from .runtime.artifact import Artifact as Artifact
+    from .runtime.bundle import load as load
 
 # Public name -> the module that defines it.
 _LAZY = {
-    "capture": ".frontend.capture",
-    "Program": ".frontend.program",
+    "Artifact": ".runtime.artifact",
     "Change": ".passes.base",
     "Context": ".passes.base",
     "Pass": ".passes.base",
+    "Preprocess": ".frontend.preprocess",
+    "Program": ".frontend.program",
+    "PruningPlan": ".passes.prune.plan",
+    "capture": ".frontend.capture",
+    "compile": ".api",
+    "load": ".runtime.bundle",
+    "plan_pruning": ".passes.prune.plan",
+    "quantize": ".api",
     "register_pass": ".passes.base",
+    "run_passes": ".passes.manager",
+    "to_onnx": ".api",
 }
 
 __all__ = ["FxpressError", "__version__", *sorted(_LAZY)]

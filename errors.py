@@ -75,6 +75,10 @@ class VerificationError(FxpressError):
     """PyTorch and the compiled model do not agree."""
 
 
+class ArtifactError(FxpressError):
+    """A folder is no artifact, is damaged, or is called with inputs that it does not take."""
+
+
 class OutputError(FxpressError):
     """A result cannot be written where it was asked for."""
 

@@ -39,7 +39,7 @@ class Batches:
     def __iter__(self) -> Iterator[tuple[torch.Tensor, ...]]:
         count = 0
         for index, item in enumerate(self.source()):
-            batch = flat_inputs(self.program, item)
+            batch = flat_inputs(self.program.inputs, item)
             check_batch(self.program.inputs, batch, index)
             if index == 0:
                 self.notes = sanity_notes(self.program, batch)
@@ -66,9 +66,8 @@ def as_batches(program: Program, data: Any) -> Batches:
     return batches
 
 
-def flat_inputs(program: Program, item: Any) -> tuple[torch.Tensor, ...]:
-    """The tensors of one batch in the order of `program.inputs`, labels dropped. Raises DataError."""
-    infos = program.inputs
+def flat_inputs(infos: tuple[TensorInfo, ...], item: Any) -> tuple[torch.Tensor, ...]:
+    """The tensors of one batch in the order of `infos`, labels dropped. Raises DataError."""
     names = [i.name for i in infos]
     if isinstance(item, Mapping):
         leaves = _by_name(item, names)
@@ -122,8 +121,7 @@ _PIXELS = "; for pictures use a Preprocess (--preprocess), which also scales and
 
 def _check_dims(info: TensorInfo, tensor: torch.Tensor, index: int, sizes: dict[str, int]) -> None:
     shape = tuple(tensor.shape)
-    fits = len(shape) == len(info.dims) and all(_dim_fits(d, s, sizes) for d, s in zip(info.dims, shape))
-    if not fits:
+    if not info.fits_shape(shape, sizes):
         unbatched = len(shape) == len(info.dims) - 1
         raise DataError(
             f"batch {index} of the data has shape {list(shape)} for input {info}",
@@ -131,19 +129,11 @@ def _check_dims(info: TensorInfo, tensor: torch.Tensor, index: int, sizes: dict[
         )
 
 
-def _dim_fits(dim: int | str, size: int, sizes: dict[str, int]) -> bool:
-    if isinstance(dim, int):
-        return dim == size
-    return size >= 1 and sizes.setdefault(dim, size) == size
-
-
 def _shape_hint(info: TensorInfo, shape: tuple[int, ...]) -> str:
     if len(shape) == 4 and len(info.dims) == 4 and shape[3] == info.dims[1]:
         return "the data look like NHWC: x.permute(0, 3, 1, 2)"
     if info.dims and isinstance(info.dims[0], int):
-        return (
-            "the program was captured with a fixed batch: give batches of that size, or capture with dynamic_batch=True"
-        )
+        return "the batch is fixed: give batches of that size, or capture with dynamic_batch=True"
     return "give data of the size that the model was captured with, or capture with the size of the data"
 
 
@@ -218,7 +208,7 @@ def _called(make: Callable[[], Any]) -> Iterable[Any]:
 def _keep(program: Program, data: Iterator[Any]) -> list[tuple[torch.Tensor, ...]]:
     kept, size = [], 0.0
     for item in data:
-        batch = flat_inputs(program, item)
+        batch = flat_inputs(program.inputs, item)
         size += sum(t.nbytes for t in batch) / 1e6
         if size > _KEEP_MB:
             raise DataError(

@@ -23,22 +23,11 @@ from torch import fx
 from torch.utils import _pytree as pytree
 
 from ..errors import FxpressError
+from .tensor_info import TensorInfo
 
 _FRAME = re.compile(r'File "(?P<file>[^"]+)", line (?P<line>\d+), in (?P<function>\S+)')
 _META_FILE = "fxpress.json"
 _LIBRARY_FRAMES = ("/torch/", "<eval_with_key>", "<string>")
-
-
-@dataclass(frozen=True)
-class TensorInfo:
-    """One named input or output: dtype as torch names it ("float32"), dims as int or symbolic name ("batch")."""
-
-    name: str
-    dtype: str
-    dims: tuple[int | str, ...]
-
-    def __str__(self) -> str:
-        return f"{self.name}: {self.dtype}[{', '.join(map(str, self.dims))}]"
 
 
 @dataclass

@@ -32,7 +32,8 @@ class PassManager:
     """A pipeline ready to run. `passes` is a list of Pass objects or a pipeline text.
 
     `dump` is a folder for the graph after each pass, `repro` a file for the reproducer of a failure; `on_stage` is told
-    the name of each pass before it starts. `check_numbers=False` leaves out the numeric check (rule 4).
+    the name of each pass before it starts. `check_numbers=False` leaves out the numeric check (rule 4). `first` is the
+    number of passes that ran before this part of a pipeline, so that the parts dump into one folder.
     """
 
     passes: Sequence[Pass] | str
@@ -40,6 +41,7 @@ class PassManager:
     repro: Path | None = None
     check_numbers: bool = True
     on_stage: Callable[[str], None] | None = None
+    first: int = 0
 
     def __post_init__(self) -> None:
         if isinstance(self.passes, str):
@@ -49,7 +51,7 @@ class PassManager:
         """Run all passes on a copy of `program` and return it; each adds a `StageRecord` to its log."""
         context = context or Context()
         program = program.copy()
-        if self.dump:
+        if self.dump and self.first == 0:
             write_dump(self.dump, 0, "input", program, Counter())
         for i, item in enumerate(self.passes):
             if self.on_stage:
@@ -83,7 +85,7 @@ class PassManager:
             check_values(item, expected, program.call_example())
         program.log.append(StageRecord(item.name, seconds, change.count, change.notes, memory.megabytes))
         if self.dump:
-            write_dump(self.dump, i + 1, item.name, program, ops_before)
+            write_dump(self.dump, self.first + i + 1, item.name, program, ops_before)
 
     def _on_failure(self, i: int, before: Program | None, context: Context, error: Exception) -> None:
         """Write the reproducer. What fails here must not hide the error itself."""

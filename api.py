@@ -1,0 +1,152 @@
+"""The Python interface: `compile` and its parts."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any, Literal
+
+import onnx
+import torch
+
+from .backends.onnx.lower import lower
+from .backends.targets import load_target
+from .compilation import Progress, Settings, Stages, compile_program
+from .errors import OptionError
+from .frontend.batches import Batches, as_batches
+from .frontend.capture import capture
+from .frontend.preprocess import Preprocess
+from .frontend.program import Program
+from .frontend.weights import check_program_finite
+from .passes.base import Context
+from .passes.manager import PassManager
+from .passes.pipeline import make_pass
+from .passes.prune.plan import PruningPlan
+from .recipe import DEFAULT, parse_drop, resolve_passes
+from .runtime.artifact import Artifact, check_output
+from .runtime.evaluate import Evaluate
+
+Ranges = Literal["minmax", "moving-average", "mse"]
+
+
+def compile(
+    module: torch.nn.Module | Program,
+    args: tuple[Any, ...] | torch.Tensor | None = None,
+    kwargs: dict[str, Any] | None = None,
+    *,
+    calibration: Iterable[Any] | None = None,
+    target: str = "ort-x86",
+    prune: str | float | Mapping[str, Any] | None = None,
+    recipe: str = DEFAULT,
+    pipeline: str | None = None,
+    evaluate: Evaluate | None = None,
+    max_drop: str | float | None = None,
+    output: str | Path | None = None,
+    seed: int = 0,
+    threads: int = 1,
+    name: str | None = None,
+    preprocess: Preprocess | None = None,
+    labels: Iterable[str] = (),
+    reference: Program | None = None,
+    plan: PruningPlan | None = None,
+    dump: str | Path | None = None,
+    progress: Progress | None = None,
+) -> Artifact:
+    """From a trained model to a verified ONNX file with a report.
+
+    `args` are example inputs, batch first (not for a Program, which has its own). `calibration` is any iterable of
+    batches that can be read again: tensors, tuples or dicts of inputs; labels in them are ignored. `prune` is the share
+    of MACs to keep (0.5), or options as text ("params=0.6,importance=l1"). `recipe` is a name or a TOML file,
+    `pipeline` replaces it. `evaluate(run) -> float` judges PyTorch and ONNX Runtime alike; `max_drop` ("1%", 0.01) is
+    how far it may fall: if it falls further the artifact is kept and marked (`artifact.kept` is False).
+
+    `reference` is the float model that the report compares with, for a Program that was already changed (pruned and
+    fine-tuned, with its `plan`); otherwise it is the captured model itself. `preprocess` and `labels` are recorded for
+    the bundle. `output` is the folder to write, `dump` one for the graph after each pass.
+
+    Raises FxpressError subclasses for everything that a user can mend.
+    """
+    settings = Settings(
+        name=name or _name_of(module),
+        target=load_target(target),
+        passes=resolve_passes(recipe, pipeline, prune),
+        seed=seed,
+        threads=_checked_threads(threads),
+        max_drop=_checked_drop(max_drop, evaluate),
+        preprocess=preprocess,
+        labels=tuple(labels),
+        dump=Path(dump) if dump else None,
+        progress=progress,
+    )
+    if output is not None:
+        check_output(output)
+    stages = Stages(progress)
+    with stages.step("capture"):
+        program = as_program(module, args, kwargs)
+        check_program_finite(program)
+    batches = _checked_calibration(program, calibration, stages)
+    artifact = compile_program(program, reference or program, settings, stages, batches, evaluate, plan)
+    if output is not None:
+        artifact.save(output)
+    return artifact
+
+
+def quantize(
+    program: Program, calibration: Iterable[Any], target: str = "ort-x86", ranges: Ranges = "mse", seed: int = 0
+) -> Program:
+    """A quantized copy of `program`, which still runs in PyTorch. BatchNorm should be fused before.
+
+    Raises DataError for calibration data that do not fit, QuantizationError, OptionError.
+    """
+    context = Context(target=load_target(target), calibration=as_batches(program, calibration), seed=seed)
+    return PassManager([make_pass("quantize", {"ranges": ranges})]).run(program, context)
+
+
+def to_onnx(program: Program, target: str = "ort-x86", opset: int = 21) -> onnx.ModelProto:
+    """A program, float or quantized, as an ONNX model. Raises LoweringError for what cannot be written."""
+    load_target(target)
+    return lower(program, opset=opset)
+
+
+def as_program(
+    module: torch.nn.Module | Program, args: tuple[Any, ...] | torch.Tensor | None, kwargs: dict[str, Any] | None = None
+) -> Program:
+    """Capture a module; a Program is taken as it is, and example inputs beside it are refused."""
+    if isinstance(module, Program):
+        if args is not None or kwargs is not None:
+            raise OptionError("example inputs have no effect on a Program, which has its own", hint="leave them out")
+        return module
+    if args is None:
+        raise OptionError("a module needs example inputs", hint="for example args=(torch.randn(2, 3, 224, 224),)")
+    return capture(module, args, kwargs)
+
+
+def _checked_calibration(program: Program, calibration: Iterable[Any] | None, stages: Stages) -> Batches | None:
+    if calibration is None:
+        return None
+    with stages.step("data") as record:
+        batches = as_batches(program, calibration)
+        record.notes += batches.notes
+    return batches
+
+
+def _checked_threads(threads: int) -> int:
+    if isinstance(threads, bool) or not isinstance(threads, int) or threads < 1:
+        raise OptionError(f"threads is {threads!r}", hint="give a whole number of 1 or more")
+    return threads
+
+
+def _checked_drop(max_drop: str | float | None, evaluate: Evaluate | None) -> float | None:
+    if max_drop is None:
+        return None
+    if evaluate is None:
+        raise OptionError(
+            "max_drop has no effect without a metric", hint="give evaluate (on the command line: --eval DATA)"
+        )
+    return parse_drop(max_drop)
+
+
+def _name_of(module: Any) -> str:
+    if isinstance(module, Program):
+        return str(module.graph_module.meta.get("fxpress_model", "program"))
+    return type(module).__name__

@@ -1,0 +1,149 @@
+"""`fxpress passes`, `targets`, `recipes`: what there is, from the code's own declarations; and `opt`, `rerun`."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import tempfile
+import zipfile
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from .cli_screen import emit_json, say, show_table
+from .errors import FxpressError, OptionError, OutputError
+
+if TYPE_CHECKING:
+    from .frontend.program import Program
+    from .passes.base import Context, Pass
+
+
+def load_plugins(files: list[Path]) -> None:
+    """Run the user's own files, which register their passes. Raises OptionError for a file that registers none."""
+    from .frontend.sources import load_file
+    from .passes.base import registered_passes
+
+    for file in files:
+        before = set(registered_passes())
+        module = load_file(file)
+        own = [c for c in registered_passes().values() if c.__module__ == module.__name__]
+        if not own and set(registered_passes()) == before:
+            raise OptionError(
+                f"--plugin {file} has no effect: it registers no pass", hint="put @fxpress.register_pass above a pass"
+            )
+
+
+def list_passes(as_json: bool) -> int:
+    """Every pass with its options."""
+    from .passes.base import registered_passes
+
+    rows = [
+        {"name": n, "summary": c.summary(), "options": _options(c), "preserves": sorted(c.preserves)}
+        for n, c in registered_passes().items()
+    ]
+    show_table(
+        "passes",
+        ("name", "what it does", "options"),
+        [(r["name"], r["summary"], _options_text(r["options"])) for r in rows],
+    )
+    if as_json:
+        emit_json(rows)
+    return 0
+
+
+def _options(cls: type[Pass]) -> dict[str, Any]:
+    """Option -> default."""
+    fields = dataclasses.fields(cls)  # type: ignore[arg-type]
+    return {f.name: f.default if f.default is not dataclasses.MISSING else None for f in fields}
+
+
+def _options_text(options: Any) -> str:
+    return ", ".join(f"{k}={v}" for k, v in options.items())
+
+
+def list_targets(as_json: bool) -> int:
+    """Every target."""
+    from .backends.targets import load_target, target_names
+
+    rows = [{"name": t.name, "summary": t.summary, "rows": len(t.rows)} for t in map(load_target, target_names())]
+    show_table("targets", ("name", "what it is", "rows"), [tuple(r.values()) for r in rows], right=(2,))
+    if as_json:
+        emit_json(rows)
+    return 0
+
+
+def list_recipes(as_json: bool) -> int:
+    """Every built-in recipe."""
+    from .recipe import RECIPES
+
+    rows = [dataclasses.asdict(r) for r in RECIPES.values()]
+    show_table("recipes", ("name", "what it does", "pipeline"), [tuple(r.values()) for r in rows])
+    if as_json:
+        emit_json(rows)
+    return 0
+
+
+def optimize(
+    source: Path, pipeline: str, output: Path, target: str, data: str | None, seed: int, dump: Path | None
+) -> int:
+    """Run passes on a saved Program."""
+    from .frontend.program import Program
+    from .passes.manager import PassManager
+
+    if output.suffix != ".pt2":
+        raise OutputError(f"{output} does not end in .pt2", hint="name a .pt2 file")
+    program = Program.load(source)
+    manager = PassManager(pipeline, dump=dump)
+    result = manager.run(program, _context(program, target, data, seed))
+    result.save(output)
+    _show_stages(result, len(program.log))
+    say(f"written: {output}")
+    return 0
+
+
+def rerun(crash: Path, target: str, data: str | None, dump: Path | None) -> int:
+    """Replay a reproducer: the program as it was, the passes that remained, the same seed."""
+    from .frontend.program import Program
+    from .passes.manager import PassManager
+
+    facts, archive = read_reproducer(crash)
+    try:
+        program = Program.load(archive)
+    finally:
+        archive.unlink()
+    say(
+        f"replaying {facts['pipeline']} (seed {facts['seed']}, written by fxpress {facts['fxpress']}, torch {facts['torch']})"
+    )
+    result = PassManager(facts["pipeline"], dump=dump).run(program, _context(program, target, data, facts["seed"]))
+    _show_stages(result, len(program.log))
+    say("the failure does not occur here")
+    return 0
+
+
+def read_reproducer(path: Path) -> tuple[dict[str, Any], Path]:
+    """(facts, a temporary .pt2 with the program). Raises FxpressError for what is no reproducer."""
+    try:
+        with zipfile.ZipFile(path) as bundle:
+            facts = json.loads(bundle.read("repro.json"))
+            content = bundle.read("program.pt2")
+    except (OSError, KeyError, ValueError, zipfile.BadZipFile) as error:
+        raise FxpressError(
+            f"{path} is no reproducer: {error}", hint="a failure under --dump DIR writes DIR/crash.repro"
+        ) from error
+    with tempfile.NamedTemporaryFile(suffix=".pt2", delete=False) as file:
+        file.write(content)
+    return facts, Path(file.name)
+
+
+def _context(program: Program, target: str, data: str | None, seed: int) -> Context:
+    from .backends.targets import load_target
+    from .frontend.batches import as_batches
+    from .frontend.data import open_data
+    from .passes.base import Context
+
+    batches = as_batches(program, open_data(data)) if data else None
+    return Context(target=load_target(target), calibration=batches, seed=seed)
+
+
+def _show_stages(program: Program, known: int) -> None:
+    rows = [(s.name, f"{s.seconds:.2f}", s.changes, "\n".join(s.notes[:5])) for s in program.log[known:]]
+    show_table("", ("pass", "seconds", "changes", "notes"), rows, right=(1, 2))

@@ -1,0 +1,291 @@
+"""The steps of one compilation, each a function; `api.compile` is what users call.
+
+    passes -> lower -> verify -> evaluate -> benchmark -> report
+
+The float model that everything is compared with is the one that was captured, unpruned; as an ONNX file it is written
+after `cleanup,fuse-batchnorm`, so that its latency is the best that float offers.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import torch
+
+from .backends.coverage import measure_coverage
+from .backends.onnx.lower import lower
+from .errors import VerificationError
+from .frontend.batches import Batches, all_leaves
+from .frontend.cost import count_macs
+from .frontend.preprocess import Preprocess
+from .frontend.program import Program, StageRecord
+from .passes.base import Context, Pass
+from .passes.manager import PassManager, run_passes
+from .passes.memory import peak_memory
+from .passes.pipeline import print_pipeline
+from .passes.prune.plan import PruningPlan
+from .passes.quantize.spec import Target
+from .runtime.artifact import Artifact
+from .runtime.benchmark import Timing, compare_latency
+from .runtime.evaluate import Evaluate, Metric, measure, session_runner, torch_runner
+from .runtime.manifest import Manifest
+from .runtime.report.build import Figures, Findings, Promise, build_report
+from .runtime.report.environment import installed
+from .runtime.session import Session, make_session
+from .runtime.verify import LayerParity, LayerRow, Parity, check_layers, check_parity, layer_table
+
+FLOAT_PIPELINE = "cleanup,fuse-batchnorm"
+# From the first of these on, layers are compared with the program as it was before.
+_QUANTIZERS = ("quantize", "annotate", "observe")
+_FLOAT_BOUND = 1e-4  # relative, PyTorch against ONNX Runtime
+_MOST_STEPS = 1  # quantization steps, each layer fed the same inputs
+_JUDGED_EXAMPLES = 8
+_SQNR_LIMIT = 200.0
+
+Progress = Callable[[str, int, int | None], None]
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What a user decided, resolved."""
+
+    name: str
+    target: Target
+    passes: Sequence[Pass]
+    seed: int = 0
+    threads: int = 1
+    max_drop: float | None = None
+    preprocess: Preprocess | None = None
+    labels: tuple[str, ...] = ()
+    dump: Path | None = None
+    progress: Progress | None = None
+
+
+@dataclass
+class Stages:
+    """Times every step and tells the progress display."""
+
+    progress: Progress | None = None
+    records: list[StageRecord] = field(default_factory=list)
+
+    @contextmanager
+    def step(self, name: str) -> Iterator[StageRecord]:
+        """Measure a block as one stage; the block may add notes to the record."""
+        self.tell(name)
+        record, start = StageRecord(name), time.perf_counter()
+        with peak_memory() as memory:
+            yield record
+        record.seconds, record.peak_rss_mb = time.perf_counter() - start, memory.megabytes
+        self.records.append(record)
+
+    def tell(self, name: str) -> None:
+        """Say what is being done now."""
+        if self.progress:
+            self.progress(name, 0, None)
+
+
+@dataclass(frozen=True)
+class Compiled:
+    """The program at its stages: `floating` just before quantization (None where nothing is quantized), `final`."""
+
+    floating: Program | None
+    final: Program
+    plan: PruningPlan | None
+
+
+def compile_program(
+    program: Program,
+    reference: Program,
+    settings: Settings,
+    stages: Stages,
+    batches: Batches | None = None,
+    evaluate: Evaluate | None = None,
+    plan: PruningPlan | None = None,
+) -> Artifact:
+    """All steps from a captured program to an Artifact. `reference` is the float model to compare with."""
+    compiled = transform(program, settings, stages, batches, evaluate)
+    with stages.step("lower"):
+        float_program = run_passes(reference, FLOAT_PIPELINE)
+        float_model, model = lower(float_program), lower(compiled.final)
+    float_session, session = (make_session(m, threads=settings.threads) for m in (float_model, model))
+    real = judged_inputs(reference, batches)
+    with stages.step("verify"):
+        check_float(reference, float_model, real, settings.seed)
+        parity = check_parity(compiled.final, model, real_inputs=real, seed=settings.seed)
+        layer_parity, rows = judge_layers(compiled, real)
+        sqnr = output_sqnr(reference, session, real)
+    with stages.step("evaluate"):
+        metrics = judge(evaluate, reference, compiled.final, session)
+    with stages.step("benchmark"):
+        timing = time_models(float_session, session, reference)
+    findings = Findings(
+        name=settings.name,
+        target=settings.target.name,
+        pipeline=print_pipeline(settings.passes),
+        seed=settings.seed,
+        threads=settings.threads,
+        stages=stages.records,
+        before=figures(reference, float_model, timing.first_ms, metrics[0]),
+        after=figures(compiled.final, model, timing.second_ms, metrics[1]),
+        speedup=timing.ratio,
+        metric=metrics[1],
+        parity=parity,
+        coverage=measure_coverage(model),
+        sqnr_db=sqnr,
+        layer_parity=layer_parity,
+        layers=rows,
+        plan=compiled.plan or plan,
+        promises=[
+            parity_promise(compiled, parity, layer_parity),
+            *drop_promise(metrics, settings.max_drop),
+        ],
+    )
+    report = build_report(findings)
+    return Artifact(model, report, manifest_of(compiled.final, settings, report), float_model)
+
+
+# -- passes -------------------------------------------------------------------------------------------------------
+
+
+def transform(
+    program: Program, settings: Settings, stages: Stages, batches: Batches | None, evaluate: Evaluate | None
+) -> Compiled:
+    """Run the pipeline, keeping the program as it was just before quantization."""
+    context = Context(settings.target, batches, evaluate, settings.seed, settings.progress)
+    passes = list(settings.passes)
+    cut = next((i for i, p in enumerate(passes) if p.name in _QUANTIZERS), len(passes))
+    known = len(program.log)
+
+    def run(part: list[Pass], before: Program, first: int) -> Program:
+        repro = settings.dump / "crash.repro" if settings.dump else None
+        manager = PassManager(part, dump=settings.dump, repro=repro, on_stage=stages.tell, first=first)
+        return manager.run(before, context)
+
+    floating = run(passes[:cut], program, 0)
+    final = run(passes[cut:], floating, cut) if cut < len(passes) else floating
+    stages.records += final.log[known:]
+    return Compiled(floating if cut < len(passes) else None, final, context.results.get("prune"))
+
+
+# -- verification -------------------------------------------------------------------------------------------------
+
+
+def judged_inputs(program: Program, batches: Batches | None) -> tuple[torch.Tensor, ...]:
+    """A few real examples to judge on; the example inputs where no data are given."""
+    if batches is not None:
+        return batches.first(_JUDGED_EXAMPLES)
+    return tuple(x for x in program.example_inputs if isinstance(x, torch.Tensor))
+
+
+def check_float(reference: Program, model: onnx.ModelProto, real: tuple[torch.Tensor, ...], seed: int) -> None:
+    """Raise VerificationError unless the float file computes what PyTorch computes: all comparisons rest on it."""
+    parity = check_parity(reference, model, batches=(2,), real_inputs=real, seed=seed)
+    if not parity.max_relative <= _FLOAT_BOUND:
+        raise VerificationError(
+            f"the float model in ONNX Runtime differs from PyTorch by {parity.max_relative:.1e} relative",
+            hint="this is a fault of the lowering: report it with the model",
+        )
+
+
+def judge_layers(compiled: Compiled, real: tuple[torch.Tensor, ...]) -> tuple[LayerParity | None, list[LayerRow]]:
+    """Each quantized layer on its own, and the table of layers; nothing where nothing is quantized."""
+    if compiled.floating is None:
+        return None, []
+    return check_layers(compiled.final, real), layer_table(compiled.floating, compiled.final, real)
+
+
+def output_sqnr(reference: Program, session: Session, real: tuple[torch.Tensor, ...]) -> float | None:
+    """SQNR in dB of the compiled model's outputs in ONNX Runtime against float in PyTorch; capped at +-200."""
+    expected = reference.run_flat(all_leaves(reference, real))
+    actual = session.run(*(x.numpy() for x in real))
+    pairs = [
+        (e.double(), torch.from_numpy(np.array(a)).double()) for e, a in zip(expected, actual) if e.is_floating_point()
+    ]
+    if not pairs:
+        return None
+    signal = sum(float(e.square().sum()) for e, _ in pairs)
+    noise = sum(float((e - a).square().sum()) for e, a in pairs)
+    if noise == 0:
+        return _SQNR_LIMIT
+    return min(max(10 * math.log10(max(signal, 1e-300) / noise), -_SQNR_LIMIT), _SQNR_LIMIT)
+
+
+def parity_promise(compiled: Compiled, parity: Parity, layers: LayerParity | None) -> Promise:
+    """ONNX Runtime computes what the Program computes."""
+    sizes = ", ".join(map(str, parity.batches))
+    if layers is None:
+        kept = parity.max_relative <= _FLOAT_BOUND
+        return Promise(
+            "parity", kept, f"PyTorch and ONNX Runtime differ by {parity.max_relative:.1e} relative (batches {sizes})"
+        )
+    detail = (
+        f"each layer, fed the same inputs, differs by at most {layers.max_steps:g} quantization step(s) between PyTorch "
+        f"and ONNX Runtime; run at batches {sizes}"
+    )
+    return Promise("parity", layers.max_steps <= _MOST_STEPS, detail)
+
+
+# -- worth and cost -----------------------------------------------------------------------------------------------
+
+
+def judge(
+    evaluate: Evaluate | None, reference: Program, final: Program, session: Session
+) -> tuple[Metric | None, Metric | None]:
+    """The user's metric on the float model in PyTorch and on the compiled one in ONNX Runtime."""
+    if evaluate is None:
+        return None, None
+    return measure(evaluate, torch_runner(reference)), measure(evaluate, session_runner(final, session))
+
+
+def drop_promise(metrics: tuple[Metric | None, Metric | None], allowed: float | None) -> list[Promise]:
+    """The metric falls by no more than was allowed."""
+    before, after = metrics
+    if allowed is None or before is None or after is None:
+        return []
+    drop = before.value - after.value
+    detail = (
+        f"{after.name} went from {before.value:.4f} to {after.value:.4f}, a drop of {drop:.4f}; allowed {allowed:.4f}"
+    )
+    return [Promise("max-drop", drop <= allowed, detail)]
+
+
+def time_models(float_session: Session, session: Session, program: Program) -> Timing:
+    """Both models on the same single example (on the whole example batch where the batch is fixed)."""
+    inputs = [x for x in program.example_inputs if isinstance(x, torch.Tensor)]
+    dynamic = {i.name for i in program.inputs if i.dims and isinstance(i.dims[0], str)}
+    single = tuple((x[:1] if i.name in dynamic else x).contiguous().numpy() for x, i in zip(inputs, program.inputs))
+    return compare_latency(float_session, session, single)
+
+
+def figures(program: Program, model: onnx.ModelProto, latency_ms: float, metric: Metric | None) -> Figures:
+    """What one model costs and is worth."""
+    return Figures(
+        size_bytes=model.ByteSize(),
+        parameters=program.parameter_count,
+        macs=count_macs(program),
+        latency_ms=latency_ms,
+        metric=metric.value if metric else None,
+    )
+
+
+def manifest_of(program: Program, settings: Settings, report: dict[str, Any]) -> Manifest:
+    """What the shipped bundle must know."""
+    return Manifest(
+        model=settings.name,
+        target=settings.target.name,
+        inputs=program.inputs,
+        outputs=program.outputs,
+        preprocess=settings.preprocess,
+        labels=settings.labels,
+        kept=all(p["kept"] for p in report["promises"]),
+        versions={k: str(report["environment"][k]) for k in ("fxpress", "torch", "onnx", "onnxruntime")}
+        | {"numpy": installed("numpy")},
+    )

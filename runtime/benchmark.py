@@ -1,0 +1,64 @@
+"""Latency of two models, measured against each other: runs interleave, so that a busy machine slows both alike."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from dataclasses import dataclass
+
+import numpy as np
+
+from .session import Session
+
+
+@dataclass(frozen=True)
+class Timing:
+    """Medians in milliseconds, and the median of the ratios first / second within each pair of runs."""
+
+    first_ms: float
+    second_ms: float
+    ratio: float
+    runs: int
+
+
+def compare_latency(
+    first: Session,
+    second: Session,
+    inputs: tuple[np.ndarray, ...],
+    second_inputs: tuple[np.ndarray, ...] | None = None,
+    *,
+    seconds: float = 2.0,
+    least: int = 11,
+) -> Timing:
+    """Run both in turns for about `seconds` (at least `least` pairs each, after a warm-up) on the same inputs."""
+    others = inputs if second_inputs is None else second_inputs
+    for _ in range(3):
+        first.run(*inputs)
+        second.run(*others)
+    pairs: list[tuple[float, float]] = []
+    end = time.perf_counter() + seconds
+    while len(pairs) < least or time.perf_counter() < end:
+        # Whoever runs second finds warmer clocks and colder caches: take turns.
+        a, b = (
+            (_time(first, inputs), _time(second, others)) if len(pairs) % 2 else _swapped(first, inputs, second, others)
+        )
+        pairs.append((a, b))
+    return Timing(
+        first_ms=statistics.median(a for a, _ in pairs) * 1e3,
+        second_ms=statistics.median(b for _, b in pairs) * 1e3,
+        ratio=statistics.median(a / b for a, b in pairs),
+        runs=len(pairs),
+    )
+
+
+def _swapped(
+    first: Session, inputs: tuple[np.ndarray, ...], second: Session, others: tuple[np.ndarray, ...]
+) -> tuple[float, float]:
+    b = _time(second, others)
+    return _time(first, inputs), b
+
+
+def _time(session: Session, inputs: tuple[np.ndarray, ...]) -> float:
+    start = time.perf_counter()
+    session.run(*inputs)
+    return time.perf_counter() - start

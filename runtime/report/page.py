@@ -1,0 +1,80 @@
+"""`report.html` from `report.json`: one self-contained file, no scripts, no network."""
+
+from __future__ import annotations
+
+from importlib.resources import files
+from typing import Any
+
+from jinja2 import Environment, StrictUndefined
+from markupsafe import Markup
+
+from .words import comparison, count, number, percent, size, times
+
+_GOOD_SQNR = 15.0
+_FULL_SQNR = 50.0
+
+
+def render_page(report: dict[str, Any]) -> str:
+    """The page for a report. Every figure comes from `report`, nothing is computed anew."""
+    folder = files(__package__)
+    environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
+    template = environment.from_string((folder / "report.html").read_text(encoding="utf-8"))
+    css = Markup((folder / "report.css").read_text(encoding="utf-8"))  # our own file, no user's text in it
+    return template.render(
+        r=report,
+        css=css,
+        cards=_cards(report),
+        comparison=comparison(report),
+        percent=percent,
+        number=number,
+        count=count,
+        bar=_bar,
+    )
+
+
+def _cards(report: dict[str, Any]) -> list[dict[str, str]]:
+    """The headline: accuracy, speed, size, coverage."""
+    before, after = report["float"], report["compiled"]
+    cards = []
+    if report["metric"]:
+        drop = 100 * (after["metric"] - before["metric"])
+        cards.append(
+            _card(
+                f"{drop:+.2f}",
+                f"points of {report['metric']['name']}",
+                f"{before['metric']:.4g} → {after['metric']:.4g}",
+                drop >= -1,
+            )
+        )
+    cards.append(
+        _card(
+            times(report["speedup"]),
+            "faster than float",
+            f"{number(before['latency_ms'])} → {number(after['latency_ms'])} ms",
+            report["speedup"] >= 1,
+        )
+    )
+    smaller = before["size_bytes"] / after["size_bytes"]
+    cards.append(
+        _card(
+            times(smaller), "smaller file", f"{size(before['size_bytes'])} → {size(after['size_bytes'])}", smaller >= 1
+        )
+    )
+    integer = report["coverage"]["integer_macs"]
+    cards.append(_card(percent(integer), "of MACs on integers", "in the runtime's own optimized graph", None))
+    return cards
+
+
+def _card(figure: str, label: str, detail: str, good: bool | None) -> dict[str, str]:
+    tone = "" if good is None else "good" if good else "bad"
+    return {"figure": figure, "label": label, "detail": detail, "tone": tone}
+
+
+def _bar(decibel: float | None) -> Markup:
+    if decibel is None:
+        return Markup("–")
+    width = min(max(decibel / _FULL_SQNR, 0.0), 1.0) * 100
+    tone = " low" if decibel < _GOOD_SQNR else ""
+    return Markup('<span class="bar{}"><span style="width:{}%"></span></span>{}').format(
+        tone, f"{width:.0f}", f"{decibel:.1f}"
+    )

@@ -1,0 +1,91 @@
+"""How figures are written for people: in the page, in tables of the command line, in one voice. Free of torch."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+MISSING = "–"
+
+
+def count(value: float | None) -> str:
+    """1234567 -> "1.23 M"."""
+    if value is None:
+        return MISSING
+    for limit, letter in ((1e9, "G"), (1e6, "M"), (1e4, "k")):
+        if abs(value) >= limit:
+            return f"{value / (1e3 if letter == 'k' else limit):.3g} {letter}"
+    return f"{value:,.0f}"
+
+
+def size(value: float | None) -> str:
+    """Bytes in powers of ten: 1234567 -> "1.23 MB"."""
+    return MISSING if value is None else f"{count(value)}{'' if value >= 1e4 else ' '}B"
+
+
+def percent(value: float | None, digits: int = 1) -> str:
+    """0.9876 -> "98.8 %". What is not all never reads 100."""
+    if value is None:
+        return MISSING
+    text = f"{100 * value:.{digits}f}"
+    if value < 1 and float(text) == 100:
+        text = f"{100 - 10**-digits:.{digits}f}"
+    return f"{text} %"
+
+
+def number(value: float | None) -> str:
+    """Three or four figures: 0.000123 -> "1.23e-04"."""
+    return MISSING if value is None else f"{value:.4g}"
+
+
+def milliseconds(value: float | None) -> str:
+    """0.01234 -> "12.3 µs"."""
+    if value is None:
+        return MISSING
+    return f"{value * 1e3:.3g} µs" if value < 0.1 else f"{value:.3g} ms"
+
+
+def times(value: float | None) -> str:
+    """2.5 -> "2.50×"."""
+    return MISSING if value is None else f"{value:.2f}×"
+
+
+@dataclass(frozen=True)
+class Row:
+    """One line of the comparison of float and compiled."""
+
+    label: str
+    before: str
+    after: str
+    change: str
+
+
+def comparison(report: dict[str, Any]) -> list[Row]:
+    """Float against compiled: metric (if any), latency, size, parameters, MACs."""
+    before, after = report["float"], report["compiled"]
+    rows = []
+    if report["metric"]:
+        change = 100 * (after["metric"] - before["metric"])
+        rows.append(
+            Row(report["metric"]["name"], _metric(before["metric"]), _metric(after["metric"]), f"{change:+.2f} points")
+        )
+    rows.append(
+        Row(
+            "latency",
+            milliseconds(before["latency_ms"]),
+            milliseconds(after["latency_ms"]),
+            f"{times(report['speedup'])} faster",
+        )
+    )
+    for label, key, form in (
+        ("file size", "size_bytes", size),
+        ("parameters", "parameters", count),
+        ("MACs", "macs", count),
+    ):
+        share = after[key] / before[key] if before[key] else None
+        rows.append(Row(label, form(before[key]), form(after[key]), percent(share)))
+    return rows
+
+
+def _metric(value: float) -> str:
+    return percent(value, 2) if 0 <= value <= 1 else number(value)
