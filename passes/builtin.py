@@ -11,6 +11,7 @@ MODULES = (
     "cleanup",
     "fuse_batchnorm",
     "canonicalize",
+    "prune.passes",
     "quantize.passes",
 )
 ENTRY_POINTS = "fxpress.passes"

@@ -1,0 +1,153 @@
+"""What a program costs: multiply-accumulates (MACs) of one example, parameters and bytes, layer by layer.
+
+Only shapes are read (`meta["val"]`), so float programs, pruned ones and quantized ones (whose weights pass through
+`fxpress.dequantize_channel`) are counted alike. Counted are convolutions, linear layers, matrix products and attention;
+elementwise work and normalization are not, as is the custom.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from math import prod
+from typing import Any
+
+import torch
+from torch import fx
+
+from .program import Program, get_attribute, layer_name
+
+Shape = tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class LayerCost:
+    """The cost of one node: MACs of one example, the number of its parameters and their bytes."""
+
+    name: str
+    op: str
+    macs: int
+    parameters: int
+    bytes: int
+    node: fx.Node
+
+    def __str__(self) -> str:
+        return f"{self.name:40} {self.op:24} {self.macs:>15,} MACs {self.parameters:>12,} parameters"
+
+
+def count_macs(program: Program) -> int:
+    """The MACs of one example (batch 1)."""
+    return sum(cost.macs for cost in cost_table(program))
+
+
+def cost_table(program: Program) -> list[LayerCost]:
+    """One row for each node that multiplies or reads parameters, in graph order.
+
+    A parameter that several nodes read is counted at the first of them.
+    """
+    sizes = _Sizes(program)
+    seen: set[int] = set()
+    rows = []
+    for node in program.graph.nodes:
+        if node.op != "call_function" or op_name(node).startswith("fxpress."):
+            continue
+        macs = _node_macs(node, sizes)
+        tensors = [t for t in _parameters_of(program, node) if id(t) not in seen and not seen.add(id(t))]  # type: ignore[func-returns-value]
+        if macs or tensors:
+            count, size = sum(t.numel() for t in tensors), sum(t.nbytes for t in tensors)
+            rows.append(LayerCost(layer_name(node), op_name(node), macs, count, size, node))
+    return rows
+
+
+def parameter_bytes(program: Program) -> int:
+    """The bytes of all parameters and buffers that the graph reads, each counted once."""
+    names = {str(n.target) for n in program.graph.nodes if n.op == "get_attr" and n.users}
+    tensors = {id(t): t for t in (get_attribute(program.graph_module, n) for n in names) if isinstance(t, torch.Tensor)}
+    return sum(t.nbytes for t in tensors.values())
+
+
+def op_name(node: fx.Node) -> str:
+    """"aten.conv2d" of a node that calls an operator, without its overload; "" or a Python name for other nodes."""
+    if node.op != "call_function":
+        return ""
+    schema = getattr(node.target, "_schema", None)
+    return schema.name.replace("::", ".") if schema is not None else getattr(node.target, "__name__", str(node.target))
+
+
+def concrete(size: Any) -> int:
+    """A size as int, symbolic ones by the size of the example."""
+    return size if isinstance(size, int) else int(size.node.hint)
+
+
+class _Sizes:
+    """Shapes at batch 1. A program with a fixed batch is divided by its first size instead."""
+
+    def __init__(self, program: Program) -> None:
+        first = program.tensor_placeholders()[0].meta["val"].shape[:1]
+        self.symbol = None if not first or isinstance(first[0], int) else first[0].node.expr
+        self.divisor = first[0] if first and isinstance(first[0], int) else 1
+
+    def of(self, node: Any) -> Shape:
+        """The shape of a node's tensor at batch 1."""
+        return tuple(self._size(s) for s in node.meta["val"].shape)
+
+    def _size(self, size: Any) -> int:
+        if isinstance(size, int):
+            return size
+        expression = size.node.expr
+        if expression.free_symbols == {self.symbol}:
+            return int(expression.subs(self.symbol, 1))
+        return concrete(size)
+
+
+def _node_macs(node: fx.Node, sizes: _Sizes) -> int:
+    counter = MACS.get(op_name(node))
+    if counter is None:
+        return 0
+    operands = [sizes.of(a) for a in node.args if isinstance(a, fx.Node) and hasattr(a.meta.get("val"), "shape")]
+    return counter(operands, sizes.of(node)) // sizes.divisor
+
+
+def _parameters_of(program: Program, node: fx.Node) -> Iterator[torch.Tensor]:
+    """Parameters (and quantized weights) that a node reads itself or through a dequantize."""
+    for used in node.all_input_nodes:
+        while op_name(used).startswith("fxpress.dequantize") and isinstance(used.args[0], fx.Node):
+            used = used.args[0]
+        if used.op == "get_attr":
+            tensor = get_attribute(program.graph_module, str(used.target))
+            if isinstance(tensor, torch.nn.Parameter) or getattr(tensor, "dtype", None) in _QUANTIZED:
+                yield tensor
+
+
+_QUANTIZED = (torch.int8, torch.uint8, torch.int32)
+
+
+def _convolution(operands: list[Shape], out: Shape) -> int:
+    return prod(out) * prod(operands[1][1:])
+
+
+def _transposed(operands: list[Shape], out: Shape) -> int:
+    return prod(operands[0]) * prod(operands[1][1:])
+
+
+def _product(operands: list[Shape], out: Shape) -> int:
+    return prod(out) * operands[0][-1]
+
+
+def _product_after_bias(operands: list[Shape], out: Shape) -> int:
+    return prod(out) * operands[1][-1]
+
+
+def _attention(operands: list[Shape], out: Shape) -> int:
+    query, key, value = operands[:3]
+    return prod(query[:-1]) * key[-2] * (query[-1] + value[-1])
+
+
+# What each op multiplies, from the shapes of its tensor arguments and of its output.
+MACS: dict[str, Callable[[list[Shape], Shape], int]] = {
+    **{f"aten.conv{d}d": _convolution for d in (1, 2, 3)},
+    **{f"aten.conv_transpose{d}d": _transposed for d in (1, 2, 3)},
+    **{f"aten.{name}": _product for name in ("linear", "matmul", "mm", "bmm", "mv", "dot")},
+    **{f"aten.{name}": _product_after_bias for name in ("addmm", "baddbmm")},
+    "aten.scaled_dot_product_attention": _attention,
+}

@@ -1,0 +1,141 @@
+"""What is known about the dimensions of one program: the axes of every tensor, and what pruning needs beside them.
+
+The walk in `rules.py` fills an `Analysis`, rule by rule. It records where a dimension is contracted (a removed position must count as zero there), what work depends on which axes, how
+a data movement maps positions, and which factor a group count stands for.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from math import prod
+from typing import Any
+
+import torch
+from torch import fx
+
+from ...errors import PruningError
+from ...frontend.cost import concrete, op_name
+from ...frontend.program import Program, get_attribute
+from ..rewrite import argument
+from .axes import Atoms, Axes, Reason, Vector
+
+Value = Axes | list[Axes]  # of a tensor, or of an op with several outputs
+
+
+@dataclass(frozen=True)
+class Contraction:
+    """Dimension `dim` of the tensor given as `argument` to `node` is summed over."""
+
+    node: fx.Node
+    argument: str
+    dim: int
+
+
+@dataclass(frozen=True)
+class Work:
+    """A share of a node's MACs that is proportional to the kept positions of these axes."""
+
+    node: fx.Node
+    axes: tuple[Vector, ...]
+    share: float = 1.0
+
+
+@dataclass(frozen=True)
+class IndexMap:
+    """Position i along `dim` of a node's output is position `index[i]` of its input."""
+
+    dim: int
+    index: Vector
+
+
+@dataclass
+class Analysis:
+    """The axes of one program. `rules.analyze` makes it; names of parameters are those of the program."""
+
+    program: Program
+    atoms: Atoms = field(default_factory=Atoms)
+    values: dict[fx.Node, Value] = field(default_factory=dict)
+    tensors: dict[str, Axes] = field(default_factory=dict)  # parameters and buffers, by name
+    contractions: list[Contraction] = field(default_factory=list)
+    work: list[Work] = field(default_factory=list)
+    maps: dict[fx.Node, IndexMap] = field(default_factory=dict)
+    factors: dict[fx.Node, Vector] = field(default_factory=dict)  # what the `groups` literal of a node counts
+    _by_identity: dict[int, Axes] = field(default_factory=dict)
+
+    # -- what rules read ----------------------------------------------------------------------------------------
+
+    def axes(self, node: Any) -> Axes:
+        """The axes of a node that gives one tensor."""
+        value = self.values[node]
+        assert isinstance(value, tuple)
+        return value
+
+    def of(self, node: fx.Node, name: str) -> Axes | None:
+        """The axes of an argument of `node` by its schema name; None when it is no tensor."""
+        value = argument(node, name)
+        return self.axes(value) if isinstance(value, fx.Node) and value in self.values else None
+
+    def need(self, node: fx.Node, name: str) -> Axes:
+        """As `of`, for an argument that the op requires."""
+        found = self.of(node, name)
+        assert found is not None
+        return found
+
+    # -- what rules say -----------------------------------------------------------------------------------------
+
+    def same(self, first: Vector, second: Vector, node: fx.Node, text: str | None = None) -> None:
+        """Both dimensions are indexed together in `node`."""
+        self.atoms.unify(first, second, Reason(text or f"{op_name(node)} meets a dimension that cannot change", node))
+
+    def pin(self, axes: Vector | Axes, node: fx.Node, text: str) -> None:
+        """These dimensions keep all their positions, because of `node`."""
+        for vector in axes if isinstance(axes, tuple) else (axes,):
+            self.atoms.pin(vector, Reason(text, node))
+
+    def contract(self, node: fx.Node, name: str, dim: int) -> None:
+        """`node` sums over dimension `dim` of its argument `name`."""
+        axes = self.need(node, name)
+        if axes[dim].any():
+            self.contractions.append(Contraction(node, name, dim % len(axes)))
+
+    def costs(self, node: fx.Node, *axes: Vector, share: float = 1.0) -> None:
+        """The MACs of `node` are proportional to the sizes of these axes."""
+        self.work.append(Work(node, tuple(axes), share))
+
+    def fixed(self, node: fx.Node, dims: slice = slice(None)) -> Axes:
+        """Axes of a node's output that cannot change."""
+        return tuple(self.atoms.fixed(n) for n in shape_of(node)[dims])
+
+    def tensor_axes(self, name: str) -> Axes:
+        """The axes of a parameter or buffer; one that is known under two names has the same axes under both."""
+        if name not in self.tensors:
+            tensor = get_attribute(self.program.graph_module, name)
+            if not isinstance(tensor, torch.Tensor):
+                raise PruningError(f"{name} is no tensor", hint="control flow in the graph cannot be pruned")
+            if id(tensor) not in self._by_identity:
+                self._by_identity[id(tensor)] = tuple(self.atoms.fresh(n) for n in tensor.shape)
+            self.tensors[name] = self._by_identity[id(tensor)]
+        return self.tensors[name]
+
+
+# -- reading nodes ------------------------------------------------------------------------------------------------
+
+
+def shape_of(node: fx.Node) -> tuple[int, ...]:
+    """The concrete shape of a node that gives one tensor."""
+    return tuple(concrete(s) for s in node.meta["val"].shape)
+
+
+def sizes_of(axes: Axes) -> tuple[int, ...]:
+    """The shape that axes stand for."""
+    return tuple(len(v) for v in axes)
+
+
+def elements(axes: Axes) -> int:
+    """The number of elements of a tensor with these axes."""
+    return prod(sizes_of(axes))
+
+
+def flat_axes(value: Value) -> list[Axes]:
+    """The axes of all outputs of a node."""
+    return value if isinstance(value, list) else [value]

@@ -1,0 +1,70 @@
+"""The oracle of pruning: the original program with the removed positions zeroed wherever they are summed over.
+
+A pruned program is right exactly when it agrees with this one. Nothing here is shared with `slicing`: sizes, literals and
+weights stay as they are, and each operand that a node contracts is multiplied by a mask of zeros and ones.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import fx
+
+from ...errors import VerificationError
+from ...frontend.program import Program
+from ..rewrite import argument, aten, call_before, put_constant, set_argument
+from ..verify import relative_difference
+from .slicing import Cut
+
+
+def mask_program(cut: Cut) -> int:
+    """Insert the masks into the program of the cut's analysis, in place. Returns how many were needed."""
+    analysis, count = cut.analysis, 0
+    for place in analysis.contractions:
+        vector = analysis.need(place.node, place.argument)[place.dim]
+        mask = cut.mask(vector)
+        if mask.all():
+            continue
+        _mask_operand(analysis.program, place.node, place.argument, place.dim, torch.from_numpy(mask))
+        count += 1
+    analysis.program.graph.lint()
+    analysis.program.graph_module.recompile()
+    return count
+
+
+def _mask_operand(program: Program, node: fx.Node, name: str, dim: int, mask: torch.Tensor) -> None:
+    operand = argument(node, name)
+    value = operand.meta["val"]
+    shape = [1] * value.ndim
+    shape[dim] = -1
+    constant = put_constant(program, f"{node.name}_keep", mask.to(value.dtype).reshape(shape), node)
+    set_argument(node, name, call_before(node, aten.mul.Tensor, operand, constant, value=value))
+
+
+def oracle_error(masked: Program, pruned: Program, inputs: tuple[torch.Tensor, ...] | None = None, seed: int = 0) -> float:
+    """The relative difference of both programs' outputs in float64, on normal random inputs of the example's shapes.
+
+    Neither argument is changed. Raises VerificationError when an output of the masked program is constant, which would
+    make any agreement empty.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    leaves = inputs or tuple(_random_like(x, generator) for x in masked.example_inputs)
+    expected, got = _double(masked).run_flat(leaves), _double(pruned).run_flat(leaves)
+    for tensor in expected:
+        if tensor.is_floating_point() and tensor.numel() > 1 and not tensor.std() > 0:
+            raise VerificationError(
+                "an output of the model is constant, so that pruning cannot be verified on it",
+                hint="verify with trained weights",
+            )
+    return max((relative_difference(a, b) for a, b in zip(got, expected)), default=0.0)
+
+
+def _random_like(leaf: object, generator: torch.Generator) -> object:
+    if isinstance(leaf, torch.Tensor) and leaf.is_floating_point():
+        return torch.randn(leaf.shape, generator=generator, dtype=torch.float64)
+    return leaf
+
+
+def _double(program: Program) -> Program:
+    copy = program.copy()
+    copy.graph_module.double()
+    return copy

@@ -1,0 +1,295 @@
+"""`PruningPlan`: which indices of which parameter dimensions of the original model go. Made, kept as JSON, replayed."""
+
+from __future__ import annotations
+
+import fnmatch
+import json
+import math
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from ...errors import OptionError, OutputError, PruningError
+from ...frontend.program import Program
+from .analysis import Analysis
+from .axes import FIXED, Reason, Vector
+from .budget import (
+    Selection,
+    keep_mask,
+    macs_cost,
+    make_choices,
+    parameter_cost,
+    select_budget,
+    select_ratio,
+)
+from .groups import Group, Place, find_groups, places
+from .importance import importances
+from .masking import mask_program
+from .rules import analyze
+from .slicing import Cut, slice_program
+
+_FORMAT = "fxpress-pruning-plan"
+_VERSION = 1
+
+
+@dataclass(frozen=True)
+class Removal:
+    """What goes from one parameter dimension: `removed` are indices into its original `size`."""
+
+    name: str
+    dim: int
+    size: int
+    removed: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class GroupSummary:
+    """One group in a plan: how many of its literals are kept, and where it occurs ("conv1.weight[0]")."""
+
+    size: int
+    kept: int
+    places: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class PruningPlan:
+    """The indices to remove, and the figures of the plan. `macs` and `parameters` are (before, after).
+
+    A plan belongs to a model, not to its weights: `apply` works on any checkpoint of the same architecture.
+    """
+
+    removals: tuple[Removal, ...]
+    groups: tuple[GroupSummary, ...]
+    macs: tuple[int, int]
+    parameters: tuple[int, int]
+    request: str = ""
+    notes: tuple[str, ...] = field(default=())
+
+    def apply(self, program: Program) -> Program:
+        """A new, smaller program. Raises PruningError where the plan does not fit `program`, which is not changed."""
+        copy = program.copy()
+        slice_program(self._cut(copy))
+        return copy
+
+    def mask(self, program: Program) -> Program:
+        """A new program of the original sizes, the removed positions zeroed at every consumer: the oracle of `apply`."""
+        copy = program.copy()
+        mask_program(self._cut(copy))
+        return copy
+
+    def save(self, path: str | Path) -> None:
+        """Write the plan as JSON. Raises OutputError."""
+        data = {"format": _FORMAT, "version": _VERSION, **asdict(self)}
+        try:
+            Path(path).write_text(json.dumps(data, indent=1) + "\n", encoding="utf-8")
+        except OSError as error:
+            raise OutputError(f"cannot write {path}: {error.strerror}", hint="choose a path that you may write to") from error
+
+    @staticmethod
+    def load(path: str | Path) -> PruningPlan:
+        """Read what `save` wrote. Raises PruningError for anything else."""
+        try:
+            return _from_json(json.loads(Path(path).read_text(encoding="utf-8")))
+        except (OSError, ValueError, TypeError, KeyError) as error:
+            raise PruningError(
+                f"{path} is not a pruning plan: {type(error).__name__}: {error}", hint="give a file that PruningPlan.save wrote"
+            ) from error
+
+    def __repr__(self) -> str:
+        rows = [f"  {g.kept:>5} of {g.size:<5} {_shortened(g.places)}" for g in self.groups]
+        head = f"PruningPlan({self.request}): MACs {_share(self.macs)}, parameters {_share(self.parameters)}"
+        return "\n".join([head, f"  kept of size   {len(self.groups)} groups", *rows, *(f"  note: {n}" for n in self.notes)])
+
+    def _cut(self, program: Program) -> Cut:
+        """Find the literals whose removal gives exactly the planned indices."""
+        analysis = analyze(program)
+        return Cut(analysis, _kept_atoms(self.removals, analysis))
+
+
+def plan_pruning(
+    program: Program,
+    *,
+    macs: float | None = None,
+    params: float | None = None,
+    ratio: float | None = None,
+    importance: str = "l2",
+    round_to: int | None = None,
+    exclude: Iterable[str] = (),
+    max_ratio: float | None = None,
+    data: Any = None,
+    seed: int = 0,
+) -> PruningPlan:
+    """Choose what to remove from `program`, which is not changed.
+
+    Exactly one budget: `macs` or `params`, the share that is kept, or `ratio`, the share of every group that is removed
+    (all in (0, 1); a share of 1 keeps everything). `importance`: l1, l2 or random (drawn from `seed`). `round_to`: group
+    sizes are multiples of it, narrow groups of a half or quarter of it, 4 at least (default 1). `exclude`: globs of names
+    of parameters or layers that keep their shape. `max_ratio`: the largest share removed from any dimension. `data` is
+    for importances that need it; none of the present ones does.
+
+    Raises OptionError (a bad or effectless option) and PruningError (a quantized program, an impossible budget).
+    """
+    budget = _check_options(macs, params, ratio, round_to, max_ratio, data, importance)
+    analysis = analyze(program)
+    _pin_excluded(analysis, [exclude] if isinstance(exclude, str) else list(exclude))
+    groups = find_groups(analysis)
+    if not groups:
+        raise PruningError("nothing in this program can be pruned", hint="`fxpress inspect` lists what is pinned and why")
+    scores = importances(analysis, groups, importance, seed)
+    choices = make_choices(analysis, groups, scores, round_to or 1, max_ratio)
+    costs = {"macs": macs_cost(analysis), "params": parameter_cost(analysis)}
+    name, value = budget
+    if name == "ratio":
+        selection = Selection(select_ratio(analysis, choices, value), 0.0)
+    else:
+        selection = select_budget(analysis, choices, costs[name], value, name)
+    everything = np.ones(analysis.atoms.count, dtype=bool)
+    macs_pair, params_pair = ((round(c(everything)), round(c(selection.keep))) for c in costs.values())
+    return PruningPlan(
+        removals=_removals(analysis, selection.keep),
+        groups=tuple(_summary(g, selection.keep) for g in groups),
+        macs=macs_pair,
+        parameters=params_pair,
+        request=f"{name}={value:g}, importance={importance}",
+        notes=tuple(selection.notes),
+    )
+
+
+# -- options ------------------------------------------------------------------------------------------------------
+
+
+def _check_options(
+    macs: float | None,
+    params: float | None,
+    ratio: float | None,
+    round_to: int | None,
+    max_ratio: float | None,
+    data: Any,
+    importance: str,
+) -> tuple[str, float]:
+    """The one budget that is given."""
+    given = [(n, v) for n, v in (("macs", macs), ("params", params), ("ratio", ratio)) if v is not None]
+    if len(given) != 1:
+        names = ", ".join(n for n, _ in given) or "none"
+        raise OptionError(f"give exactly one budget, got {names}", hint="for example macs=0.5 (keep half of the MACs)")
+    name, value = given[0]
+    if not isinstance(value, (int, float)) or not math.isfinite(value) or not 0 < value <= 1 or (name == "ratio" and value == 1):
+        raise OptionError(f"{name} is {value!r}", hint="give a share in (0, 1): macs and params are what is kept, ratio what goes")
+    if round_to is not None and (not isinstance(round_to, int) or round_to < 1):
+        raise OptionError(f"round_to is {round_to!r}", hint="give a positive whole number, such as 8")
+    if max_ratio is not None and not 0 < max_ratio < 1:
+        raise OptionError(f"max_ratio is {max_ratio!r}", hint="give a share in (0, 1)")
+    if data is not None:
+        raise OptionError(f"importance {importance!r} reads only weights: data has no effect", hint="leave data out")
+    return name, float(value)
+
+
+def _pin_excluded(analysis: Analysis, patterns: list[str]) -> None:
+    """Parameters whose name, or the name of whose layer, matches a glob keep their shape."""
+    for pattern in patterns:
+        matched = [n for n in analysis.tensors if _matches(n, pattern)]
+        if not matched:
+            raise OptionError(
+                f"exclude pattern {pattern!r} matches no parameter",
+                hint=f"names look like {', '.join(list(analysis.tensors)[:3])}",
+            )
+        for name in matched:
+            for vector in analysis.tensors[name]:
+                analysis.atoms.pin(vector, Reason(f"excluded by {pattern!r}"))
+
+
+def _matches(name: str, pattern: str) -> bool:
+    parts = name.split(".")
+    return any(fnmatch.fnmatchcase(".".join(parts[:i]), pattern) for i in range(1, len(parts) + 1))
+
+
+# -- between literals and indices ---------------------------------------------------------------------------------
+
+
+def _removals(analysis: Analysis, keep: Vector) -> tuple[Removal, ...]:
+    result = []
+    for place, vector in places(analysis):
+        kept = keep[analysis.atoms.resolve(vector)].all(axis=0)
+        if not kept.all():
+            removed = tuple(map(int, np.flatnonzero(~kept)))
+            result.append(Removal(place.name, place.dim, len(vector), removed))
+    return tuple(result)
+
+
+def _kept_atoms(removals: Iterable[Removal], analysis: Analysis) -> Vector:
+    """Mask over atoms. A literal goes when all positions that need it go; then the indices must come out as planned."""
+    masks = {Place(r.name, r.dim): _planned_mask(r, analysis) for r in removals}
+    needed = np.zeros(analysis.atoms.count, dtype=bool)
+    occurs = np.zeros(analysis.atoms.count, dtype=bool)
+    slots = {place: analysis.atoms.resolve(vector) for place, vector in places(analysis)}
+    for place, matrix in slots.items():
+        occurs[matrix] = True
+        needed[matrix[:, masks[place]] if place in masks else matrix] = True
+    keep = needed | ~occurs
+    keep[FIXED] = True
+    for place, matrix in slots.items():
+        wanted = masks.get(place, np.ones(matrix.shape[1], dtype=bool))
+        pinned = analysis.atoms.pinned(matrix).all(axis=0)
+        if not np.array_equal(keep[matrix].all(axis=0), wanted) or not wanted[pinned].all():
+            raise PruningError(
+                f"the plan does not fit this model: its indices for {place} contradict those for the layers it is coupled with",
+                hint="plans only fit the architecture (and the stage of the pipeline) that they were made for",
+            )
+    return keep
+
+
+def _planned_mask(removal: Removal, analysis: Analysis) -> Vector:
+    axes = analysis.tensors.get(removal.name)
+    if axes is None or not 0 <= removal.dim < len(axes):
+        raise PruningError(
+            f"the plan removes indices of {removal.name}[{removal.dim}], which this model does not have",
+            hint="plans only fit the architecture (and the stage of the pipeline) that they were made for",
+        )
+    if len(axes[removal.dim]) != removal.size or not all(0 <= i < removal.size for i in removal.removed):
+        raise PruningError(
+            f"the plan was made for size {removal.size} of {removal.name}[{removal.dim}], this model has {len(axes[removal.dim])}",
+            hint="apply the plan to the unpruned model",
+        )
+    mask = np.ones(removal.size, dtype=bool)
+    mask[list(removal.removed)] = False
+    return mask
+
+
+# -- text and JSON ------------------------------------------------------------------------------------------------
+
+
+def _summary(group: Group, keep: Vector) -> GroupSummary:
+    return GroupSummary(len(group), int(keep[group.literals].sum()), tuple(map(str, group.places)))
+
+
+def _share(pair: tuple[int, int]) -> str:
+    return f"{pair[0]:,} -> {pair[1]:,} ({pair[1] / max(pair[0], 1):.1%})"
+
+
+def _shortened(names: tuple[str, ...], count: int = 3) -> str:
+    return ", ".join(names[:count]) + (f", and {len(names) - count} more" if len(names) > count else "")
+
+
+def _from_json(data: dict[str, Any]) -> PruningPlan:
+    if data["format"] != _FORMAT or data["version"] != _VERSION:
+        raise ValueError(f"format {data['format']!r} version {data['version']!r}, this fxpress reads {_FORMAT!r} version {_VERSION}")
+    return PruningPlan(
+        removals=tuple(_removal(r) for r in data["removals"]),
+        groups=tuple(GroupSummary(g["size"], g["kept"], tuple(g["places"])) for g in data["groups"]),
+        macs=tuple(data["macs"]),
+        parameters=tuple(data["parameters"]),
+        request=str(data["request"]),
+        notes=tuple(data["notes"]),
+    )
+
+
+def _removal(data: dict[str, Any]) -> Removal:
+    name, dim, size, removed = data["name"], data["dim"], data["size"], data["removed"]
+    if not isinstance(name, str) or not all(isinstance(n, int) for n in (dim, size, *removed)):
+        raise ValueError(f"a removal is malformed: {str(data)[:80]}")
+    return Removal(name, dim, size, tuple(removed))
+
+

@@ -1,0 +1,106 @@
+"""The table of rules, and the walk that applies them: how each op relates the axes of its inputs to those of its outputs.
+
+A rule is a function `(analysis, node) -> axes of the output`. To add one, write it in the file of its family and add its
+row there; `tests/test_prune_rules.py` shows how to prove it with the oracle. An op without a row pins all it touches.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import fx
+
+from ...errors import PruningError
+from ...frontend.program import Program, get_attribute, source_of
+from .analysis import Analysis, Value, concrete, flat_axes, op_name, shape_of
+from .axes import Atoms, Axes, Reason
+from .rules_elementwise import ELEMENTWISE_RULES
+from .rules_layers import LAYER_RULES
+from .rules_movement import MOVEMENT_RULES
+from .rules_reduce import REDUCE_RULES
+from .rules_shape import SHAPE_RULES
+
+Rule = Callable[[Analysis, fx.Node], Value]
+
+RULES: dict[str, Rule] = {
+    **ELEMENTWISE_RULES,
+    **LAYER_RULES,
+    **REDUCE_RULES,
+    **SHAPE_RULES,
+    **MOVEMENT_RULES,
+}
+
+
+def relate(analysis: Analysis, node: fx.Node) -> Value:
+    """The axes of what `node` gives, by its rule; pinned where there is none."""
+    return RULES.get(op_name(node), unknown)(analysis, node)
+
+
+def unknown(analysis: Analysis, node: fx.Node) -> Value:
+    """No rule: nothing that goes in or comes out may change."""
+    for used in node.all_input_nodes:
+        for axes in flat_axes(analysis.values.get(used, ())):
+            analysis.pin(axes, node, f"no pruning rule for {op_name(node)}")
+    value = node.meta["val"]
+    if isinstance(value, torch.Tensor):
+        return _fixed(analysis.atoms, value)
+    return [_fixed(analysis.atoms, v) if isinstance(v, torch.Tensor) else () for v in value]
+
+
+def _fixed(atoms: Atoms, value: torch.Tensor) -> Axes:
+    return tuple(atoms.fixed(concrete(s)) for s in value.shape)
+
+
+# -- the walk -----------------------------------------------------------------------------------------------------
+
+
+def analyze(program: Program) -> Analysis:
+    """The axes of every tensor of `program`, which must be a float program. Linear in its size.
+
+    Raises PruningError for a quantized program.
+    """
+    analysis = Analysis(program)
+    for node in program.graph.nodes:
+        if op_name(node).startswith("fxpress."):
+            raise PruningError(
+                f"the program is quantized ({op_name(node)}), and pruning works on float weights",
+                where=source_of(node),
+                hint="prune first, then quantize",
+            )
+        _visit(analysis, node)
+    _pin_integers(analysis)
+    return analysis
+
+
+def _visit(analysis: Analysis, node: fx.Node) -> None:
+    """Give `node` its axes."""
+    if node.op == "get_attr":
+        if isinstance(get_attribute(analysis.program.graph_module, str(node.target)), torch.Tensor):
+            analysis.values[node] = analysis.tensor_axes(str(node.target))
+    elif node.op == "placeholder":
+        if isinstance(node.meta.get("val"), torch.Tensor):
+            analysis.values[node] = tuple(analysis.atoms.fresh(n) for n in shape_of(node))
+            analysis.pin(analysis.axes(node), node, f"input {node.target} of the model")
+    elif node.op == "output":
+        for used in node.all_input_nodes:
+            for axes in flat_axes(analysis.values.get(used, ())):
+                analysis.pin(axes, used, "output of the model")
+    elif node.op == "call_function" and _gives_tensors(node):
+        analysis.values[node] = relate(analysis, node)
+
+
+def _pin_integers(analysis: Analysis) -> None:
+    """Integer parameters and buffers hold indices, not weights that could be left out."""
+    for name, axes in analysis.tensors.items():
+        tensor = get_attribute(analysis.program.graph_module, name)
+        if not (tensor.is_floating_point() or tensor.is_complex()):
+            for vector in axes:
+                analysis.atoms.pin(vector, Reason(f"{name} is not a floating-point tensor"))
+
+
+def _gives_tensors(node: fx.Node) -> bool:
+    value = node.meta.get("val")
+    if isinstance(value, (tuple, list)):
+        return any(isinstance(v, torch.Tensor) for v in value)
+    return isinstance(value, torch.Tensor)

@@ -1,0 +1,185 @@
+"""Rules of the layers that hold weights, and of the products of tensors: convolution, linear, matmul, norms, attention."""
+
+from __future__ import annotations
+
+from torch import fx
+
+from ..rewrite import argument
+from .analysis import Analysis, op_name, shape_of
+from .axes import Axes, Vector
+from .rules_elementwise import broadcast
+
+
+def convolution(analysis: Analysis, node: fx.Node) -> Axes:
+    """Weight [out, in / groups, kernel...]: channels in and out are products (groups, per group)."""
+    x, weight = analysis.need(node, "input"), analysis.need(node, "weight")
+    channel = len(x) - len(weight) + 1  # 0 without a batch
+    slide(analysis, node, (*x[channel + 1 :], *weight[2:]))
+    groups = argument(node, "groups")
+    if groups == 1:
+        analysis.same(x[channel], weight[1], node)
+    else:
+        outer, inner = analysis.atoms.split(x[channel], groups, len(x[channel]) // groups)
+        of_output, _ = analysis.atoms.split(weight[0], groups, len(weight[0]) // groups)
+        analysis.same(outer, of_output, node)
+        analysis.same(inner, weight[1], node)
+        analysis.factors[node] = outer
+    if len(weight[1]) > 1:
+        analysis.contract(node, "input", channel)
+    _bias(analysis, node, weight[0])
+    analysis.costs(node, weight[0], weight[1])
+    return (*x[:channel], weight[0], *analysis.fixed(node, slice(channel + 1, None)))
+
+
+def transposed_convolution(analysis: Analysis, node: fx.Node) -> Axes:
+    """Weight [in, out / groups, kernel...]."""
+    x, weight = analysis.need(node, "input"), analysis.need(node, "weight")
+    channel = len(x) - len(weight) + 1
+    slide(analysis, node, (*x[channel + 1 :], *weight[2:]))
+    analysis.same(x[channel], weight[0], node)
+    groups, out = argument(node, "groups"), weight[1]
+    if groups > 1:
+        outer, inner = analysis.atoms.split(x[channel], groups, len(x[channel]) // groups)
+        analysis.factors[node] = outer
+        out = analysis.atoms.merge(outer, weight[1])
+        if len(inner) > 1:
+            analysis.contract(node, "input", channel)
+    else:
+        analysis.contract(node, "input", channel)
+    _bias(analysis, node, out)
+    analysis.costs(node, x[channel], weight[1])
+    return (*x[:channel], out, *analysis.fixed(node, slice(channel + 1, None)))
+
+
+def slide(analysis: Analysis, node: fx.Node, dims: Axes) -> None:
+    """A window slides over these dimensions, so all their positions stay."""
+    analysis.pin(dims, node, f"{op_name(node)} slides a window over it")
+
+
+def linear(analysis: Analysis, node: fx.Node) -> Axes:
+    """Weight [out, in] (or [in])."""
+    x, weight = analysis.need(node, "input"), analysis.need(node, "weight")
+    analysis.same(x[-1], weight[-1], node)
+    analysis.contract(node, "input", -1)
+    analysis.costs(node, *x[:-1], *weight)
+    if len(weight) == 1:
+        return x[:-1]
+    _bias(analysis, node, weight[0])
+    return (*x[:-1], weight[0])
+
+
+def matmul(analysis: Analysis, node: fx.Node) -> Axes:
+    """[..., n, k] x [..., k, m], either side possibly one-dimensional; batch dimensions are broadcast."""
+    names = [a.name for a in node.target._schema.arguments[:2]]  # type: ignore[union-attr]
+    return _product(analysis, node, names[0], names[1])
+
+
+def add_matmul(analysis: Analysis, node: fx.Node) -> Axes:
+    """`addmm` and `baddbmm`: input + a x b."""
+    names = [a.name for a in node.target._schema.arguments[:3]]  # type: ignore[union-attr]
+    result = _product(analysis, node, names[1], names[2])
+    return broadcast(analysis, node, [result, analysis.need(node, names[0])], shape_of(node))
+
+
+def _product(analysis: Analysis, node: fx.Node, left: str, right: str) -> Axes:
+    a, b = analysis.need(node, left), analysis.need(node, right)
+    inner = b[-2] if len(b) > 1 else b[-1]
+    analysis.same(a[-1], inner, node)
+    analysis.contract(node, left, -1)
+    last = (*a[-2:-1], *(b[-1:] if len(b) > 1 else ()))
+    batch_shape = shape_of(node)[: len(shape_of(node)) - len(last)]
+    batch = broadcast(analysis, node, [a[:-2], b[:-2]], batch_shape)
+    analysis.costs(node, *batch, *last, inner)
+    return (*batch, *last)
+
+
+def channel_norm(analysis: Analysis, node: fx.Node) -> Axes:
+    """BatchNorm and InstanceNorm: each channel by itself, with its own parameters and statistics."""
+    x = analysis.need(node, "input")
+    slide(analysis, node, x[2:])
+    for name in ("weight", "bias", "running_mean", "running_var"):
+        given = analysis.of(node, name)
+        if given is not None:
+            analysis.same(x[1], given[0], node)
+    return x
+
+
+def layer_norm(analysis: Analysis, node: fx.Node) -> Axes:
+    """The statistics run over the last dimensions: leaving positions out of them would change all the others."""
+    x = analysis.need(node, "input")
+    count = len(argument(node, "normalized_shape"))
+    analysis.pin(x[-count:], node, "layer_norm takes its statistics over this dimension")
+    for name in ("weight", "bias"):
+        for vector, given in zip(x[-count:], analysis.of(node, name) or ()):
+            analysis.same(vector, given, node, "parameter of a layer_norm")
+    return x
+
+
+def group_norm(analysis: Analysis, node: fx.Node) -> Axes:
+    """Whole groups may go; the channels within a group share their statistics."""
+    x, groups = analysis.need(node, "input"), argument(node, "num_groups")
+    outer, inner = analysis.atoms.split(x[1], groups, len(x[1]) // groups)
+    analysis.pin((inner, *x[2:]), node, "group_norm takes its statistics over this dimension")
+    analysis.factors[node] = outer
+    _bias(analysis, node, x[1], "weight")
+    _bias(analysis, node, x[1])
+    return x
+
+
+def embedding(analysis: Analysis, node: fx.Node) -> Axes:
+    """A table looked up by its rows."""
+    weight, indices = analysis.need(node, "weight"), analysis.need(node, "indices")
+    analysis.pin(weight[0], node, "rows of an embedding are looked up by number")
+    return (*indices, weight[1])
+
+
+def attention(analysis: Analysis, node: fx.Node) -> Axes:
+    """softmax(q k^T * scale) v over [..., heads, tokens, features]; key positions stay, for the softmax."""
+    q, k, v = (analysis.need(node, n) for n in ("query", "key", "value"))
+    analysis.pin((k[-2], v[-2]), node, "softmax over the key positions")
+    analysis.same(q[-1], k[-1], node)
+    analysis.contract(node, "query", -1)
+    if argument(node, "enable_gqa") and len(q[-3]) != len(k[-3]):
+        heads, _ = analysis.atoms.split(q[-3], len(k[-3]), len(q[-3]) // len(k[-3]))
+        for other in (k, v):
+            analysis.same(heads, other[-3], node)
+        lead = broadcast(analysis, node, [q[:-3], k[:-3], v[:-3]], shape_of(node)[:-3]) + q[-3:-2]
+    else:
+        lead = broadcast(analysis, node, [q[:-2], k[:-2], v[:-2]], shape_of(node)[:-2])
+    mask = analysis.of(node, "attn_mask")
+    if mask is not None:
+        broadcast(analysis, node, [(*lead, q[-2], k[-2]), mask], (*map(len, lead), len(q[-2]), len(k[-2])))
+    share = len(q[-1]) / (len(q[-1]) + len(v[-1]))
+    analysis.costs(node, *lead, q[-2], k[-2], q[-1], share=share)
+    analysis.costs(node, *lead, q[-2], k[-2], v[-1], share=1 - share)
+    return (*lead, q[-2], v[-1])
+
+
+def _bias(analysis: Analysis, node: fx.Node, channels: Vector, name: str = "bias") -> None:
+    given = analysis.of(node, name)
+    if given is not None:
+        analysis.same(channels, given[0], node)
+
+
+LAYER_RULES = {
+    "aten.conv1d": convolution,
+    "aten.conv2d": convolution,
+    "aten.conv3d": convolution,
+    "aten.conv_transpose1d": transposed_convolution,
+    "aten.conv_transpose2d": transposed_convolution,
+    "aten.conv_transpose3d": transposed_convolution,
+    "aten.linear": linear,
+    "aten.matmul": matmul,
+    "aten.mm": matmul,
+    "aten.bmm": matmul,
+    "aten.mv": matmul,
+    "aten.dot": matmul,
+    "aten.addmm": add_matmul,
+    "aten.baddbmm": add_matmul,
+    "aten.batch_norm": channel_norm,
+    "aten.instance_norm": channel_norm,
+    "aten.layer_norm": layer_norm,
+    "aten.group_norm": group_norm,
+    "aten.embedding": embedding,
+    "aten.scaled_dot_product_attention": attention,
+}

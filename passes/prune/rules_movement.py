@@ -1,0 +1,225 @@
+"""Rules of ops that move positions: cat, split, slice, flip, roll, gather by constant indices, padding."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import torch
+from torch import fx
+
+from ...frontend.program import get_attribute
+from ..rewrite import argument
+from .analysis import Analysis, IndexMap, concrete, op_name, shape_of
+from .axes import Axes, Vector
+
+
+def cat(analysis: Analysis, node: fx.Node) -> Axes:
+    """The sum of axes along one dimension; the others are shared."""
+    parts = [analysis.axes(n) for n in node.args[0] if analysis.axes(n) != () and len(analysis.axes(n)[0])]  # type: ignore[union-attr]
+    dim = argument(node, "dim") % len(parts[0])
+    for axes in parts[1:]:
+        for i, (mine, first) in enumerate(zip(axes, parts[0])):
+            if i != dim:
+                analysis.same(first, mine, node)
+    result = list(parts[0])
+    result[dim] = np.concatenate([axes[dim] for axes in parts])
+    return tuple(result)
+
+
+def stack(analysis: Analysis, node: fx.Node) -> Axes:
+    """A new dimension whose positions stay."""
+    parts: list[Axes] = [analysis.axes(n) for n in node.args[0]]  # type: ignore[union-attr]
+    for axes in parts[1:]:
+        for mine, first in zip(axes, parts[0]):
+            analysis.same(first, mine, node)
+    dim = argument(node, "dim") % (len(parts[0]) + 1)
+    return (*parts[0][:dim], analysis.atoms.fixed(len(parts)), *parts[0][dim:])
+
+
+def split(analysis: Analysis, node: fx.Node) -> list[Axes]:
+    """Consecutive pieces of one dimension, of the sizes that the node's value has."""
+    axes, dim = analysis.axes(node.args[0]), argument(node, "dim")
+    sizes = [concrete(value.shape[dim]) for value in node.meta["val"]]
+    starts = np.cumsum([0, *sizes])
+    return [_replaced(axes, dim, axes[dim][a : a + n]) for a, n in zip(starts, sizes)]
+
+
+def unbind(analysis: Analysis, node: fx.Node) -> list[Axes]:
+    """One output for each position, so all of them stay."""
+    axes, dim = analysis.axes(node.args[0]), argument(node, "dim") % len(analysis.axes(node.args[0]))
+    analysis.pin(axes[dim], node, "unbind gives one output for each position")
+    return [axes[:dim] + axes[dim + 1 :]] * len(axes[dim])
+
+
+def select(analysis: Analysis, node: fx.Node) -> Axes:
+    """One position, by its number."""
+    axes, dim = analysis.axes(node.args[0]), argument(node, "dim") % len(analysis.axes(node.args[0]))
+    analysis.pin(axes[dim], node, "select takes a position by its number")
+    return axes[:dim] + axes[dim + 1 :]
+
+
+def getitem(analysis: Analysis, node: fx.Node) -> Axes:
+    """An output of an op that has several."""
+    value = analysis.values[node.args[0]]  # type: ignore[index]
+    assert isinstance(value, list)
+    return value[node.args[1]]  # type: ignore[index]
+
+
+def slice_(analysis: Analysis, node: fx.Node) -> Axes:
+    """start:end:step along one dimension."""
+    axes, dim = analysis.axes(node.args[0]), argument(node, "dim")
+    bounds = [argument(node, n) for n in ("start", "end", "step")]
+    return _slice(analysis, node, axes, dim, bounds)
+
+
+def narrow(analysis: Analysis, node: fx.Node) -> Axes:
+    """`length` positions from `start` on."""
+    axes, dim = analysis.axes(node.args[0]), argument(node, "dim")
+    start, length = argument(node, "start"), argument(node, "length")
+    plain = isinstance(start, int) and isinstance(length, int)
+    first = start % len(axes[dim]) if plain and start < 0 else start
+    return _slice(analysis, node, axes, dim, [first, first + length if plain else None, 1 if plain else length])
+
+
+def _slice(analysis: Analysis, node: fx.Node, axes: Axes, dim: int, bounds: list[Any]) -> Axes:
+    if not axes[dim].any() or not all(b is None or isinstance(b, int) for b in bounds):
+        analysis.pin(axes[dim], node, "sliced at a dynamic position")
+        return _replaced(axes, dim, analysis.fixed(node)[dim])
+    return _gather(analysis, node, axes, dim, np.arange(len(axes[dim]))[slice(*bounds)])
+
+
+def flip(analysis: Analysis, node: fx.Node) -> Axes:
+    """Reversed dimensions; what is kept is reversed with them, so no literal depends on it."""
+    axes = list(analysis.axes(node.args[0]))
+    for dim in argument(node, "dims"):
+        axes[dim] = axes[dim][::-1]
+    return tuple(axes)
+
+
+def roll(analysis: Analysis, node: fx.Node) -> Axes:
+    """Rotated dimensions. One that is rotated may be pruned: its shift is rewritten."""
+    axes = analysis.axes(node.args[0])
+    shifts, dims = argument(node, "shifts"), argument(node, "dims")
+    moving = [d % len(axes) for d in dims if axes[d].any()]
+    if not dims or len(moving) > 1 or not all(isinstance(s, int) for s in shifts):
+        analysis.pin(axes if not dims else tuple(axes[d] for d in dims), node, "roll over several dimensions at once")
+        return axes
+    for shift, dim in zip(shifts, dims):
+        if dim % len(axes) in moving:
+            return _gather(analysis, node, axes, dim, np.roll(np.arange(len(axes[dim])), shift))
+    return axes
+
+
+def index_select(analysis: Analysis, node: fx.Node) -> Axes:
+    """Positions by constant indices; by indices that depend on data, all positions stay."""
+    axes, dim = analysis.axes(node.args[0]), argument(node, "dim")
+    indices = _constant_indices(analysis, argument(node, "index"), len(axes[dim]))
+    if indices is None:
+        analysis.pin(axes[dim], node, "indexed by values that are not constant")
+        return _replaced(axes, dim, analysis.fixed(node)[dim])
+    return _gather(analysis, node, axes, dim, indices)
+
+
+def index(analysis: Analysis, node: fx.Node) -> Axes:
+    """x[:, indices]: a gather where one dimension has constant indices, else the indexed dimensions stay."""
+    axes, given = analysis.axes(node.args[0]), list(argument(node, "indices"))
+    used = [i for i, n in enumerate(given) if n is not None]
+    values = [_constant_indices(analysis, given[i], len(axes[i])) for i in used]
+    if len(used) == 1 and values[0] is not None and values[0].ndim == 1:
+        return _gather(analysis, node, axes, used[0], values[0])
+    analysis.pin(tuple(axes[i] for i in used), node, "indexed by values that are not one constant vector")
+    for i in used:
+        analysis.pin(analysis.values.get(given[i], ()), node, "used as indices")  # type: ignore[arg-type]
+    if any(given[i].meta["val"].dtype in (torch.bool, torch.uint8) for i in used):
+        analysis.pin(axes, node, "indexed by a mask")
+        return analysis.fixed(node)
+    return _indexed_axes(analysis, node, axes, used)
+
+
+def _indexed_axes(analysis: Analysis, node: fx.Node, axes: Axes, used: list[int]) -> Axes:
+    """Adjacent indices put their dimensions in the place of the first, others in front (as numpy has it)."""
+    rest = [v for i, v in enumerate(axes) if i not in used]
+    count = len(shape_of(node)) - len(rest)
+    place = used[0] if used == list(range(used[0], used[-1] + 1)) else 0
+    return (*rest[:place], *analysis.fixed(node, slice(place, place + count)), *rest[place:])
+
+
+def slice_scatter(analysis: Analysis, node: fx.Node) -> Axes:
+    """A copy of x with a slice replaced: the sliced dimension stays, the others are shared."""
+    axes, source = analysis.axes(node.args[0]), analysis.need(node, "src")
+    dim = argument(node, "dim") % len(axes)
+    for i, (mine, its) in enumerate(zip(axes, source)):
+        if i == dim:
+            analysis.pin((mine, its), node, "slice_scatter writes at positions of it")
+        else:
+            analysis.same(mine, its, node)
+    return axes
+
+
+def pad(analysis: Analysis, node: fx.Node) -> Axes:
+    """Constant padding adds positions that may be removed like others; other modes read the neighbours."""
+    axes = list(analysis.axes(node.args[0]))
+    widths = argument(node, "pad")
+    mode = argument(node, "mode") if op_name(node) == "aten.pad" else "constant"
+    for i in range(len(widths) // 2):
+        dim, low, high = len(axes) - 1 - i, widths[2 * i], widths[2 * i + 1]
+        if low == 0 and high == 0:
+            continue
+        plain = mode == "constant" and isinstance(low, int) and isinstance(high, int) and min(low, high) >= 0
+        if plain and axes[dim].any():
+            axes[dim] = np.concatenate([_padding(analysis, low), axes[dim], _padding(analysis, high)])
+        else:
+            analysis.pin(axes[dim], node, f"padded in mode {mode!r} or by negative or dynamic widths")
+            axes[dim] = analysis.fixed(node)[dim]
+    return tuple(axes)
+
+
+def _padding(analysis: Analysis, width: int) -> Vector:
+    """Free positions, even a single one: unlike a dimension of size 1, it is not all there is."""
+    return analysis.atoms.fresh(width + 1)[:width]
+
+
+def _gather(analysis: Analysis, node: fx.Node, axes: Axes, dim: int, indices: Vector) -> Axes:
+    if axes[dim].any():
+        analysis.maps[node] = IndexMap(dim % len(axes), indices)
+    return _replaced(axes, dim, axes[dim][indices])
+
+
+def _replaced(axes: Axes, dim: int, vector: Vector) -> Axes:
+    result = list(axes)
+    result[dim] = vector
+    return tuple(result)
+
+
+def _constant_indices(analysis: Analysis, node: Any, size: int) -> Vector | None:
+    """The values of an index buffer, counted from the front, or None for indices computed from inputs."""
+    if not (isinstance(node, fx.Node) and node.op == "get_attr"):
+        return None
+    tensor = get_attribute(analysis.program.graph_module, str(node.target))
+    if tensor.dtype not in (torch.int64, torch.int32):
+        return None
+    return tensor.cpu().numpy().astype(np.int64) % size
+
+
+MOVEMENT_RULES = {
+    "aten.cat": cat,
+    "aten.concat": cat,
+    "aten.stack": stack,
+    "aten.split": split,
+    "aten.split_with_sizes": split,
+    "aten.chunk": split,
+    "aten.tensor_split": split,
+    "aten.unbind": unbind,
+    "getitem": getitem,
+    "aten.select": select,
+    "aten.slice": slice_,
+    "aten.narrow": narrow,
+    "aten.flip": flip,
+    "aten.roll": roll,
+    "aten.index_select": index_select,
+    "aten.index": index,
+    "aten.slice_scatter": slice_scatter,
+    "aten.constant_pad_nd": pad,
+    "aten.pad": pad,
+}

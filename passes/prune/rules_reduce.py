@@ -1,0 +1,106 @@
+"""Rules of ops that reduce dimensions or work along them: sums, means, softmax, pooling, resampling."""
+
+from __future__ import annotations
+
+from functools import partial
+
+from torch import fx
+
+from ..rewrite import argument
+from .analysis import Analysis, concrete, op_name
+from .axes import Axes
+from .rules_layers import slide
+
+
+def reduced_dims(node: fx.Node, rank: int) -> list[int]:
+    """The dimensions that a reduction runs over, all where it names none."""
+    names = [a.name for a in node.target._schema.arguments]  # type: ignore[union-attr]
+    given = argument(node, "dim") if "dim" in names else None
+    dims = [given] if isinstance(given, int) else list(given or range(rank))
+    return sorted(d % rank for d in dims) if rank else []
+
+
+def reduce(analysis: Analysis, node: fx.Node, neutral: bool) -> Axes:
+    """`neutral`: positions that are zero add nothing (a mean's count is made explicit); else all positions stay."""
+    (name, axes) = _first(analysis, node)
+    dims = reduced_dims(node, len(axes))
+    for dim in dims:
+        if neutral:
+            analysis.contract(node, name, dim)
+        else:
+            analysis.pin(axes[dim], node, f"{op_name(node)} runs over this dimension")
+    return without(analysis, node, axes, dims)
+
+
+def vector_norm(analysis: Analysis, node: fx.Node) -> Axes:
+    """Zeros do not change a p-norm with finite p > 0."""
+    names = [a.name for a in node.target._schema.arguments]  # type: ignore[union-attr]
+    order = argument(node, "ord" if "ord" in names else "p")
+    neutral = order is None or (isinstance(order, (int, float)) and 0 < order < float("inf"))
+    return reduce(analysis, node, neutral)
+
+
+def without(analysis: Analysis, node: fx.Node, axes: Axes, dims: list[int]) -> Axes:
+    """The axes that a reduction leaves, with 1 for the reduced ones where it keeps them."""
+    names = [a.name for a in node.target._schema.arguments]  # type: ignore[union-attr]
+    if "keepdim" in names and argument(node, "keepdim"):
+        return tuple(analysis.atoms.fixed(1) if i in dims else v for i, v in enumerate(axes))
+    return tuple(v for i, v in enumerate(axes) if i not in dims)
+
+
+def along(analysis: Analysis, node: fx.Node) -> Axes:
+    """Every position along `dim` depends on the others: softmax, cumulative sums, sorting."""
+    _, axes = _first(analysis, node)
+    dim = argument(node, "dim")
+    if axes:
+        analysis.pin(axes[dim], node, f"{op_name(node)} runs along this dimension")
+    return axes
+
+
+def spatial(analysis: Analysis, node: fx.Node, count: int) -> Axes:
+    """The last `count` dimensions are space; all before them pass."""
+    _, axes = _first(analysis, node)
+    slide(analysis, node, axes[-count:])
+    return (*axes[:-count], *analysis.fixed(node)[-count:])
+
+
+def pooling_with_indices(analysis: Analysis, node: fx.Node, count: int) -> list[Axes]:
+    """Values and positions."""
+    _, axes = _first(analysis, node)
+    slide(analysis, node, axes[-count:])
+    tail = tuple(analysis.atoms.fixed(concrete(s)) for s in node.meta["val"][0].shape[-count:])
+    return [(*axes[:-count], *tail)] * 2
+
+
+def _first(analysis: Analysis, node: fx.Node) -> tuple[str, Axes]:
+    name = node.target._schema.arguments[0].name  # type: ignore[union-attr]
+    return name, analysis.need(node, name)
+
+
+_SPATIAL = {
+    1: "avg_pool1d max_pool1d adaptive_avg_pool1d upsample_nearest1d upsample_linear1d reflection_pad1d replication_pad1d",
+    2: "avg_pool2d max_pool2d adaptive_avg_pool2d upsample_nearest2d upsample_bilinear2d upsample_bicubic2d "
+    "_upsample_bilinear2d_aa _upsample_bicubic2d_aa _upsample_nearest_exact2d reflection_pad2d replication_pad2d "
+    "_adaptive_avg_pool2d",
+    3: "avg_pool3d max_pool3d adaptive_avg_pool3d upsample_nearest3d upsample_trilinear3d reflection_pad3d "
+    "replication_pad3d",
+}
+_WITH_INDICES = {
+    1: "max_pool1d_with_indices adaptive_max_pool1d",
+    2: "max_pool2d_with_indices adaptive_max_pool2d",
+    3: "max_pool3d_with_indices adaptive_max_pool3d",
+}
+
+REDUCE_RULES = {
+    "aten.sum": partial(reduce, neutral=True),
+    "aten.mean": partial(reduce, neutral=True),
+    **{
+        f"aten.{name}": partial(reduce, neutral=False)
+        for name in ("amax", "amin", "argmax", "argmin", "var", "std", "prod", "all", "any", "logsumexp")
+    },
+    "aten.linalg_vector_norm": vector_norm,
+    "aten.norm": vector_norm,
+    **{f"aten.{n}": along for n in ("softmax", "_softmax", "log_softmax", "softmin", "cumsum", "cumprod")},
+    **{f"aten.{name}": partial(spatial, count=k) for k, names in _SPATIAL.items() for name in names.split()},
+    **{f"aten.{n}": partial(pooling_with_indices, count=k) for k, names in _WITH_INDICES.items() for n in names.split()},
+}

@@ -1,0 +1,183 @@
+"""Rules of ops that reorder, merge, split or repeat whole dimensions: view, permute, squeeze, expand, pixel shuffle."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+import torch
+from torch import fx
+
+from ..rewrite import argument
+from .analysis import Analysis, op_name, shape_of
+from .axes import Axes, Vector
+
+
+def reshape(analysis: Analysis, node: fx.Node) -> Axes:
+    """Row-major matching: between common boundaries, input dimensions are merged and split into output dimensions."""
+    source = node.args[0]
+    assert isinstance(source, fx.Node)
+    axes = analysis.axes(source)
+    before, after = source.meta["val"], node.meta["val"]
+    if before.dtype != after.dtype or 0 in shape_of(source):
+        analysis.pin(axes, node, f"{op_name(node)} reads the memory in another way")
+        return analysis.fixed(node)
+    result: list[Vector] = []
+    for ins, outs in _blocks(shape_of(source), shape_of(node)):
+        merged = axes[ins]
+        sizes = shape_of(node)[outs]
+        if not _batch_is_outermost(before.shape[ins], after.shape[outs]):
+            analysis.pin(merged, node, f"{op_name(node)} mixes it with a dynamic dimension")
+            merged = tuple(analysis.atoms.fixed(len(v)) for v in merged)
+        result += _regroup(analysis, merged, sizes)
+    return tuple(result)
+
+
+def _regroup(analysis: Analysis, axes: Axes, sizes: tuple[int, ...]) -> list[Vector]:
+    """Merge `axes` and split the result into `sizes`."""
+    if len(axes) == len(sizes) == 1:
+        return list(axes)
+    if not any(v.any() for v in axes):
+        return [analysis.atoms.fixed(n) for n in sizes]
+    rest = analysis.atoms.merge(*axes) if axes else analysis.atoms.fixed(1)
+    result = []
+    for size in sizes[:-1]:
+        outer, rest = analysis.atoms.split(rest, size, len(rest) // size)
+        result.append(outer)
+    return [*result, rest] if sizes else []
+
+
+def _blocks(ins: tuple[int, ...], outs: tuple[int, ...]) -> Iterator[tuple[slice, slice]]:
+    """The finest runs of input and output dimensions with equal numbers of elements."""
+    i = j = 0
+    while i < len(ins) or j < len(outs):
+        first_i, first_j, p, q = i, j, 1, 1
+        if i < len(ins):
+            p, i = ins[i], i + 1
+        if j < len(outs):
+            q, j = outs[j], j + 1
+        while p != q:
+            if p < q:
+                p, i = p * ins[i], i + 1
+            else:
+                q, j = q * outs[j], j + 1
+        yield slice(first_i, i), slice(first_j, j)
+
+
+def _batch_is_outermost(ins: Any, outs: Any) -> bool:
+    """The regrouping read off at the example's batch holds at every batch if dynamic sizes come first in it."""
+    if len(ins) == len(outs) == 1:
+        return True
+    dynamic = [[not isinstance(n, int) for n in sizes if n != 1] for sizes in (ins, outs)]
+    return not any(any(flags[1:]) for flags in dynamic) and (not any(map(any, dynamic)) or all(map(any, dynamic)))
+
+
+def permute(analysis: Analysis, node: fx.Node) -> Axes:
+    """Any op that reorders dimensions; the order is found by running it on a tensor whose sizes all differ."""
+    source = node.args[0]
+    axes = analysis.axes(source)
+    label = torch.empty(tuple(range(2, 2 + len(axes))), device="meta")
+    moved = node.target(label, *node.args[1:], **node.kwargs)  # type: ignore[operator]
+    return tuple(axes[n - 2] for n in moved.shape)
+
+
+def squeeze(analysis: Analysis, node: fx.Node) -> Axes:
+    """Dimensions of size 1 vanish: all, or those that are named."""
+    axes = analysis.axes(node.args[0])
+    dims = squeezed_dims(node, axes)
+    return tuple(v for i, v in enumerate(axes) if i not in dims)
+
+
+def squeezed_dims(node: fx.Node, axes: Axes) -> list[int]:
+    """Which dimensions of the input this squeeze takes away."""
+    given: Any = node.args[1] if len(node.args) > 1 else range(len(axes))
+    dims = [given] if isinstance(given, int) else list(given)
+    return sorted({d % len(axes) for d in dims if len(axes[d]) == 1}) if axes else []
+
+
+def unsqueeze(analysis: Analysis, node: fx.Node) -> Axes:
+    """A new dimension of size 1."""
+    axes = analysis.axes(node.args[0])
+    dim = argument(node, "dim") % (len(axes) + 1)
+    return (*axes[:dim], analysis.atoms.fixed(1), *axes[dim:])
+
+
+def expand(analysis: Analysis, node: fx.Node) -> Axes:
+    """A repeated dimension holds equal values, so it may be pruned by itself; its size literal is rewritten."""
+    axes, shape = analysis.axes(node.args[0]), shape_of(node)
+    sizes = argument(node, "size")
+    padded = [analysis.atoms.fixed(1)] * (len(shape) - len(axes)) + list(axes)
+    return tuple(
+        v if len(v) == n else analysis.atoms.fresh(n) if isinstance(literal, int) else analysis.atoms.fixed(n)
+        for v, n, literal in zip(padded, shape, sizes)
+    )
+
+
+def expand_as(analysis: Analysis, node: fx.Node) -> Axes:
+    """As wide as another tensor."""
+    axes, other = analysis.axes(node.args[0]), analysis.need(node, "other")
+    for mine, its in zip(reversed(axes), reversed(other)):
+        if len(mine) == len(its):
+            analysis.same(mine, its, node)
+    return other
+
+
+def repeat(analysis: Analysis, node: fx.Node) -> Axes:
+    """Tiles: position i of a dimension is position i mod size of the input."""
+    axes, shape = analysis.axes(node.args[0]), shape_of(node)
+    padded = [analysis.atoms.fixed(1)] * (len(shape) - len(axes)) + list(axes)
+    return tuple(np.tile(v, n // len(v)) for v, n in zip(padded, shape))
+
+
+def repeat_interleave(analysis: Analysis, node: fx.Node) -> Axes:
+    """Each position several times in a row, the same number of times for all."""
+    axes, dim, repeats = list(analysis.axes(node.args[0])), argument(node, "dim"), argument(node, "repeats")
+    if dim is None or not isinstance(repeats, int):
+        analysis.pin(tuple(axes), node, "repeat_interleave over all dimensions or by a tensor of counts")
+        return analysis.fixed(node)
+    axes[dim] = np.repeat(axes[dim], repeats)
+    return tuple(axes)
+
+
+def pixel_shuffle(analysis: Analysis, node: fx.Node) -> Axes:
+    """[C r r, H, W] -> [C, H r, W r]."""
+    axes, factor = analysis.axes(node.args[0]), argument(node, "upscale_factor")
+    channels, cells = analysis.atoms.split(axes[-3], len(axes[-3]) // factor**2, factor**2)
+    analysis.pin((cells, *axes[-2:]), node, "pixel_shuffle moves it into space")
+    return (*axes[:-3], channels, *analysis.fixed(node)[-2:])
+
+
+def pixel_unshuffle(analysis: Analysis, node: fx.Node) -> Axes:
+    """[C, H r, W r] -> [C r r, H, W]."""
+    axes, factor = analysis.axes(node.args[0]), argument(node, "downscale_factor")
+    analysis.pin(axes[-2:], node, "pixel_unshuffle moves space into channels")
+    return (*axes[:-3], np.repeat(axes[-3], factor**2), *analysis.fixed(node)[-2:])
+
+
+def channel_shuffle(analysis: Analysis, node: fx.Node) -> Axes:
+    """Channels (groups, rest) are transposed to (rest, groups)."""
+    axes, groups = list(analysis.axes(node.args[0])), argument(node, "groups")
+    outer, inner = analysis.atoms.split(axes[1], groups, len(axes[1]) // groups)
+    analysis.factors[node] = outer
+    axes[1] = analysis.atoms.merge(inner, outer)
+    return tuple(axes)
+
+
+_RESHAPES = "view reshape _unsafe_view flatten unflatten view_as reshape_as ravel"
+_PERMUTES = "permute transpose t movedim moveaxis swapaxes swapdims numpy_T mT matrix_H adjoint"
+
+SHAPE_RULES = {
+    **{f"aten.{name}": reshape for name in _RESHAPES.split()},
+    **{f"aten.{name}": permute for name in _PERMUTES.split()},
+    "aten.squeeze": squeeze,
+    "aten.unsqueeze": unsqueeze,
+    "aten.expand": expand,
+    "aten.expand_as": expand_as,
+    "aten.repeat": repeat,
+    "aten.tile": repeat,
+    "aten.repeat_interleave": repeat_interleave,
+    "aten.pixel_shuffle": pixel_shuffle,
+    "aten.pixel_unshuffle": pixel_unshuffle,
+    "aten.channel_shuffle": channel_shuffle,
+}

@@ -1,0 +1,247 @@
+"""Cut the removed positions out of a program: shorter weights, and literals that carry sizes written anew.
+
+After the rewriting, shapes are propagated through the whole graph and compared with what the axes say: a rewrite that
+is missing or wrong is an error here, not a surprise at run time.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import fx
+
+from ...errors import PruningError
+from ...frontend.cost import concrete, op_name
+from ...frontend.program import get_attribute, source_of
+from ..rewrite import argument, aten, call_after, put_constant, set_argument
+from ..verify import refresh_values
+from .analysis import Analysis, flat_axes
+from .axes import Axes, Vector
+from .rules_reduce import reduced_dims
+from .rules_shape import squeezed_dims
+
+
+@dataclass(frozen=True)
+class Cut:
+    """An analysis together with the mask of atoms that are kept."""
+
+    analysis: Analysis
+    keep: Vector
+
+    def mask(self, vector: Vector) -> Vector:
+        """Which positions are kept."""
+        return self.keep[self.analysis.atoms.resolve(vector)].all(axis=0)
+
+    def size(self, vector: Vector) -> int:
+        """How many positions are kept."""
+        return int(self.mask(vector).sum())
+
+    def changed(self, vector: Vector) -> bool:
+        """Is any position removed?"""
+        return bool(vector.any()) and not bool(self.mask(vector).all())
+
+    def sizes(self, axes: Axes) -> tuple[int, ...]:
+        """The shape that is left."""
+        return tuple(self.size(v) if v.any() else len(v) for v in axes)
+
+
+def slice_program(cut: Cut) -> None:
+    """Remove what `cut` does not keep from the program of its analysis, in place."""
+    analysis = cut.analysis
+    for node in list(analysis.values):
+        rewrite = REWRITES.get(op_name(node))
+        if rewrite is not None and _is_affected(cut, node):
+            rewrite(cut, node)
+    _slice_tensors(cut)
+    analysis.program.graph.lint()
+    analysis.program.graph_module.recompile()
+    refresh_values(analysis.program, "prune")
+    _check_shapes(cut)
+
+
+def _is_affected(cut: Cut, node: fx.Node) -> bool:
+    touched = [n for n in (node, *node.all_input_nodes) if n in cut.analysis.values]
+    return any(cut.changed(v) for n in touched for axes in flat_axes(cut.analysis.values[n]) for v in axes)
+
+
+def _slice_tensors(cut: Cut) -> None:
+    """Replace every parameter and buffer that lost positions; one with two names stays one tensor."""
+    module = cut.analysis.program.graph_module
+    replaced: dict[int, torch.Tensor] = {}
+    for name, axes in cut.analysis.tensors.items():
+        if not any(cut.changed(v) for v in axes):
+            continue
+        old = get_attribute(module, name)
+        if id(old) not in replaced:
+            replaced[id(old)] = _sliced(cut, old, axes)
+        owner, _, leaf = name.rpartition(".")
+        setattr(get_attribute(module, owner) if owner else module, leaf, replaced[id(old)])
+
+
+def _sliced(cut: Cut, tensor: torch.Tensor, axes: Axes) -> torch.Tensor:
+    new = tensor.detach()
+    for dim, vector in enumerate(axes):
+        if cut.changed(vector):
+            new = new.index_select(dim, torch.from_numpy(np.flatnonzero(cut.mask(vector))).to(new.device))
+    if isinstance(tensor, torch.nn.Parameter):
+        return torch.nn.Parameter(new.contiguous(), requires_grad=tensor.requires_grad)
+    return new.contiguous()
+
+
+def _check_shapes(cut: Cut) -> None:
+    """Every tensor of the graph has the shape that the axes predict."""
+    for node, value in cut.analysis.values.items():
+        given = node.meta["val"]
+        tensors = list(given) if isinstance(given, (tuple, list)) else [given]
+        for tensor, axes in zip(tensors, flat_axes(value)):
+            if isinstance(tensor, torch.Tensor) and tuple(map(concrete, tensor.shape)) != cut.sizes(axes):
+                raise PruningError(
+                    f"after pruning, {node.name} ({op_name(node)}) has shape {tuple(tensor.shape)} where "
+                    f"{cut.sizes(axes)} was planned",
+                    where=source_of(node),
+                    hint="this is a bug in fxpress: a literal that carries a size was not rewritten; exclude this layer",
+                )
+
+
+# -- rewrites of literals -----------------------------------------------------------------------------------------
+
+
+def _tensor_axes(cut: Cut, node: Any) -> Axes:
+    return cut.analysis.axes(node)
+
+
+def _new_sizes(cut: Cut, literals: Any, axes: Axes) -> list[Any]:
+    """Size literals, where they are numbers, by the kept sizes of `axes`."""
+    return [cut.size(v) if isinstance(n, int) and n >= 0 else n for n, v in zip(literals, axes)]
+
+
+def _rewrite_sizes(cut: Cut, node: fx.Node) -> None:
+    """view(x, sizes), expand(x, sizes), zeros(sizes): sizes of the output. For `reshape` they are called shape."""
+    name = "shape" if op_name(node) == "aten.reshape" else "size"
+    names = [a.name for a in node.target._schema.arguments]  # type: ignore[union-attr]
+    if name in names:
+        set_argument(node, name, _new_sizes(cut, argument(node, name), _tensor_axes(cut, node)))
+
+
+def _rewrite_unflatten(cut: Cut, node: fx.Node) -> None:
+    literals, before = argument(node, "sizes"), _tensor_axes(cut, node.args[0])
+    dim = argument(node, "dim") % len(before)
+    set_argument(node, "sizes", _new_sizes(cut, literals, _tensor_axes(cut, node)[dim : dim + len(literals)]))
+
+
+def _rewrite_split(cut: Cut, node: fx.Node) -> None:
+    """Any split becomes one by explicit sizes."""
+    dim = argument(node, "dim")
+    sizes = [cut.size(axes[dim]) for axes in flat_axes(cut.analysis.values[node])]
+    source = node.args[0]
+    node.target, node.kwargs = aten.split_with_sizes.default, {}
+    node.args = (source, sizes, dim)
+
+
+def _rewrite_gather(cut: Cut, node: fx.Node) -> None:
+    """A slice stays one where the kept positions are evenly spaced, else constant indices are used."""
+    index_map = cut.analysis.maps.get(node)
+    if index_map is None:
+        return
+    source = node.args[0]
+    assert isinstance(source, fx.Node)
+    kept = cut.mask(cut.analysis.axes(source)[index_map.dim])
+    number = np.cumsum(kept) - 1  # new number of every kept position
+    new = number[index_map.index[kept[index_map.index]]]
+    node.kwargs = {}
+    steps = np.unique(np.diff(new))
+    if len(steps) <= 1 and (len(steps) == 0 or steps[0] > 0):
+        step = int(steps[0]) if len(steps) else 1
+        node.target = aten.slice.Tensor
+        node.args = (source, index_map.dim, int(new[0]), int(new[-1]) + 1, step)
+        return
+    indices = put_constant(cut.analysis.program, f"{node.name}_index", torch.from_numpy(new), node)
+    node.target, node.args = aten.index_select.default, (source, index_map.dim, indices)
+
+
+def _rewrite_roll(cut: Cut, node: fx.Node) -> None:
+    """The shift of a pruned dimension is the number of kept positions that wrap around."""
+    index_map = cut.analysis.maps.get(node)
+    if index_map is None:
+        return
+    axes, shifts = _tensor_axes(cut, node), list(argument(node, "shifts"))
+    for i, dim in enumerate(argument(node, "dims")):
+        if dim % len(axes) == index_map.dim:
+            wrapped = shifts[i] % len(axes[dim])
+            shifts[i] = int(cut.mask(axes[dim])[:wrapped].sum())
+    set_argument(node, "shifts", shifts)
+
+
+def _rewrite_pad(cut: Cut, node: fx.Node) -> None:
+    """Padded positions may have been removed."""
+    before, after, widths = _tensor_axes(cut, node.args[0]), _tensor_axes(cut, node), list(argument(node, "pad"))
+    for i in range(len(widths) // 2):
+        dim = len(before) - 1 - i
+        if after[dim].any():
+            mask = cut.mask(after[dim])
+            widths[2 * i] = int(mask[: widths[2 * i]].sum())
+            widths[2 * i + 1] = int(mask[len(mask) - widths[2 * i + 1] :].sum())
+    set_argument(node, "pad", widths)
+
+
+def _rewrite_groups(cut: Cut, node: fx.Node) -> None:
+    factor = cut.analysis.factors.get(node)
+    if factor is not None:
+        names = [a.name for a in node.target._schema.arguments]  # type: ignore[union-attr]
+        set_argument(node, "groups" if "groups" in names else "num_groups", cut.size(factor))
+
+
+def _rewrite_mean(cut: Cut, node: fx.Node) -> None:
+    """A mean over positions of which some were zero: its original count is made explicit."""
+    axes = _tensor_axes(cut, node.args[0])
+    factor = math.prod(cut.size(axes[d]) / len(axes[d]) for d in reduced_dims(node, len(axes)) if axes[d].any())
+    if factor != 1:
+        scaled = call_after(node, aten.mul.Tensor, node, factor)
+        node.replace_all_uses_with(scaled, delete_user_cb=lambda user: user is not scaled)
+
+
+def _rewrite_attention(cut: Cut, node: fx.Node) -> None:
+    """The default scale depends on the size of the features, so it is made explicit."""
+    query = cut.analysis.need(node, "query")
+    if argument(node, "scale") is None:
+        node.kwargs = {**node.kwargs, "scale": 1 / math.sqrt(len(query[-1]))}
+
+
+def _rewrite_squeeze(cut: Cut, node: fx.Node) -> None:
+    """Name the dimensions that vanish: another one may have size 1 now."""
+    source = node.args[0]
+    node.target, node.kwargs = aten.squeeze.dims, {}
+    node.args = (source, squeezed_dims(node, _tensor_axes(cut, source)))
+
+
+def _rewrite_interleave(cut: Cut, node: fx.Node) -> None:
+    if argument(node, "output_size") is not None:
+        axes = _tensor_axes(cut, node)
+        node.kwargs = {**node.kwargs, "output_size": cut.size(axes[argument(node, "dim")])}
+
+
+REWRITES: dict[str, Callable[[Cut, fx.Node], None]] = {
+    **{
+        f"aten.{name}": _rewrite_sizes
+        for name in "view reshape _unsafe_view expand full new_full new_ones new_zeros ones zeros".split()
+    },
+    "aten.unflatten": _rewrite_unflatten,
+    **{f"aten.{name}": _rewrite_split for name in ("split", "split_with_sizes", "chunk", "tensor_split")},
+    **{f"aten.{name}": _rewrite_gather for name in ("slice", "narrow", "index_select", "index")},
+    "aten.roll": _rewrite_roll,
+    "aten.pad": _rewrite_pad,
+    "aten.constant_pad_nd": _rewrite_pad,
+    **{
+        f"aten.{name}": _rewrite_groups
+        for name in "conv1d conv2d conv3d conv_transpose1d conv_transpose2d conv_transpose3d group_norm channel_shuffle".split()
+    },
+    "aten.mean": _rewrite_mean,
+    "aten.scaled_dot_product_attention": _rewrite_attention,
+    "aten.squeeze": _rewrite_squeeze,
+    "aten.repeat_interleave": _rewrite_interleave,
+}
