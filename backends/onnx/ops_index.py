@@ -27,18 +27,6 @@ def gather(g: Emitter, x: Operand, dim: int, index: Operand, sparse_grad: bool) 
     return g.op("GatherElements", x, index, axis=positive(dim, x.rank))
 
 
-@row("aten.take_along_dim.default")
-def take_along_dim(g: Emitter, x: Operand, indices: Operand, dim: int | None) -> Value:
-    if dim is None:
-        raise g.reject("take_along_dim without dim is not lowered", hint="give dim")
-    axis = positive(dim, x.rank)
-    shapes = [broadcast_shapes(x.shape, indices.shape)] * 2
-    shapes = [[s if i != axis else t.shape[axis] for i, s in enumerate(shapes[0])] for t in (x, indices)]
-    return g.op(
-        "GatherElements", g.expand(x, x.shape, shapes[0]), g.expand(indices, indices.shape, shapes[1]), axis=axis
-    )
-
-
 @row("aten.index.Tensor")
 def index(g: Emitter, x: Operand, indices: Indices) -> Value:
     """x[i, j, ...]: Gather for one index tensor, GatherND for several."""

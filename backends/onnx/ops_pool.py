@@ -6,6 +6,7 @@ runtime's reading of `ceil_mode` matters.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import torch
@@ -63,9 +64,13 @@ def _max_pool(
     begin = spread(padding, n)
     extents = [d * (k - 1) + 1 for k, d in zip(kernel, dilations)]
     end = _end_padding(x.shape[-n:], result_shape[-n:], extents, steps, begin) if ceil_mode else begin
+    value = _batched(g, x, n)
+    if end is not None and any(e >= k for e, k in zip(end, kernel)):
+        # ONNX Runtime takes no padding as wide as the (undilated) kernel.
+        value, end = _floored(g, value, x.dtype, end), [0] * n
     result = g.op(
         "MaxPool",
-        _batched(g, x, n),
+        value,
         kernel_shape=kernel,
         strides=steps,
         pads=begin + (begin if end is None else end),
@@ -73,6 +78,12 @@ def _max_pool(
         ceil_mode=1 if ceil_mode and end is None else None,
     )
     return _unbatched(g, x, n, result)
+
+
+def _floored(g: Emitter, value: Value, dtype: torch.dtype, end: list[int]) -> Value:
+    """Padding at the end by the least value, which no maximum sees."""
+    least = -math.inf if dtype.is_floating_point else torch.iinfo(dtype).min
+    return g.op("Pad", value, g.ints([0] * (len(end) + 4) + end), g.scalar(least, dtype))
 
 
 def _end_padding(

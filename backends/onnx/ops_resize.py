@@ -57,7 +57,6 @@ def _interpolate(
     factors: Sequence[float | None] | None,
     align_corners: bool,
     mode: str,
-    antialias: int | None = None,
 ) -> Value:
     return _resize(
         g,
@@ -66,8 +65,7 @@ def _interpolate(
         align_corners,
         mode=mode,
         coordinate_transformation_mode="align_corners" if align_corners else "half_pixel",
-        cubic_coeff_a=-0.75 if mode == "cubic" and not antialias else -0.5 if mode == "cubic" else None,
-        antialias=antialias,
+        cubic_coeff_a=-0.75 if mode == "cubic" else None,
     )
 
 
@@ -118,28 +116,33 @@ def upsample_bicubic(
     return _interpolate(g, x, scale_factors, align_corners, "cubic")
 
 
-@row("aten._upsample_bilinear2d_aa.vec")
-def upsample_bilinear_antialias(
+@row("aten._upsample_bilinear2d_aa.vec", "aten._upsample_bicubic2d_aa.vec")
+def upsample_antialias(
     g: Emitter,
     x: Operand,
     output_size: Sequence[int] | None,
     align_corners: bool,
     scale_factors: Sequence[float] | None,
 ) -> Value:
-    """Resize: linear, the filter widened when sizes shrink."""
-    return _interpolate(g, x, scale_factors, align_corners, "linear", antialias=1)
+    """Two products with matrices that torch gives itself (ONNX Runtime's antialiasing has other weights)."""
+    sizes = (*x.shape[2:], *g.result.shape[2:])
+    if not all(isinstance(s, int) for s in sizes):
+        raise g.reject("antialiased resizing needs known sizes", hint="fix height and width")
+    height, width, high, wide = (int(s) for s in sizes)
+    factors = scale_factors or (None, None)
+    columns = _resize_matrix(g, width, wide, align_corners, factors[1])
+    rows = _resize_matrix(g, height, high, align_corners, factors[0])
+    narrow = g.op("MatMul", x, g.constant(columns.to(x.dtype)))
+    return g.op("MatMul", g.constant(rows.t().to(x.dtype)), narrow)
 
 
-@row("aten._upsample_bicubic2d_aa.vec")
-def upsample_bicubic_antialias(
-    g: Emitter,
-    x: Operand,
-    output_size: Sequence[int] | None,
-    align_corners: bool,
-    scale_factors: Sequence[float] | None,
-) -> Value:
-    """Resize: cubic with a = -0.5, the filter widened when sizes shrink."""
-    return _interpolate(g, x, scale_factors, align_corners, "cubic", antialias=1)
+def _resize_matrix(g: Emitter, before: int, after: int, align_corners: bool, factor: float | None) -> torch.Tensor:
+    """[before, after]: resizing one axis is linear, so its matrix is what it does to the identity."""
+    assert g.node is not None
+    impulses = torch.eye(before, dtype=torch.float64).reshape(1, 1, before, before)
+    asked = ([before, after], None) if factor is None else (None, [1.0, factor])
+    resized = g.node.target(impulses, asked[0], align_corners, asked[1])  # type: ignore[operator]
+    return resized.reshape(before, after)
 
 
 @row("aten.upsample_bilinear2d.default", "aten.upsample_bicubic2d.default")
