@@ -80,7 +80,10 @@ def _visit(analysis: Analysis, node: fx.Node) -> None:
             analysis.values[node] = analysis.tensor_axes(str(node.target))
     elif node.op == "placeholder":
         if isinstance(node.meta.get("val"), torch.Tensor):
-            analysis.values[node] = tuple(analysis.atoms.fresh(n) for n in shape_of(node))
+            # A dynamic dimension has no positions of its own: its size here is that of the example.
+            dynamic = [not isinstance(n, int) for n in node.meta["val"].shape]
+            make = [analysis.atoms.fixed if d else analysis.atoms.fresh for d in dynamic]
+            analysis.values[node] = tuple(f(n) for f, n in zip(make, shape_of(node)))
             analysis.pin(analysis.axes(node), node, f"input {node.target} of the model")
     elif node.op == "output":
         for used in node.all_input_nodes:

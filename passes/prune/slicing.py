@@ -145,10 +145,9 @@ def _rewrite_split(cut: Cut, node: fx.Node) -> None:
 
 def _rewrite_gather(cut: Cut, node: fx.Node) -> None:
     """A slice stays one where the kept positions are evenly spaced, else constant indices are used."""
-    index_map = cut.analysis.maps.get(node)
-    if index_map is None:
+    index_map, source = cut.analysis.maps.get(node), node.args[0]
+    if index_map is None or not cut.changed(_tensor_axes(cut, source)[index_map.dim]):
         return
-    source = node.args[0]
     assert isinstance(source, fx.Node)
     kept = cut.mask(cut.analysis.axes(source)[index_map.dim])
     number = np.cumsum(kept) - 1  # new number of every kept position
@@ -167,7 +166,7 @@ def _rewrite_gather(cut: Cut, node: fx.Node) -> None:
 def _rewrite_roll(cut: Cut, node: fx.Node) -> None:
     """The shift of a pruned dimension is the number of kept positions that wrap around."""
     index_map = cut.analysis.maps.get(node)
-    if index_map is None:
+    if index_map is None or not cut.changed(_tensor_axes(cut, node)[index_map.dim]):
         return
     axes, shifts = _tensor_axes(cut, node), list(argument(node, "shifts"))
     for i, dim in enumerate(argument(node, "dims")):
