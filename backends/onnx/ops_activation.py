@@ -242,11 +242,6 @@ def softplus(g: Emitter, x: Operand, beta: float, threshold: float) -> ir.Value:
     return g.op("Where", g.op("Greater", scaled, g.scalar(float(threshold), x.dtype)), x, smooth)
 
 
-@row("aten.softsign.default")
-def softsign(g: Emitter, x: Operand) -> ir.Value:
-    return g.op("Softsign", x)
-
-
 @row("aten.log_sigmoid.default")
 def log_sigmoid(g: Emitter, x: Operand) -> ir.Value:
     """-softplus(-x), which does not overflow."""
