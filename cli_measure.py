@@ -12,7 +12,7 @@ from .errors import ArtifactError, DataError, OptionError
 from .runtime.artifact import read_models
 from .runtime.benchmark import Timing, compare_latency
 from .runtime.manifest import MODEL, Manifest
-from .runtime.report.words import milliseconds, percent, times
+from .runtime.report.words import milliseconds, percent, speed
 from .runtime.session import Session, make_session
 
 if TYPE_CHECKING:
@@ -28,7 +28,7 @@ def evaluate_artifact(folder: Path, data: str, preprocess: str | None, threads: 
     manifest = Manifest.read(folder)
     if preprocess and manifest.preprocess:
         raise OptionError(
-            f"{folder} was compiled with the preprocess {manifest.preprocess.name}; another would not judge the same model",
+            f"{folder} was compiled with the preprocess {manifest.preprocess.name}; another judges another model",
             hint="leave --preprocess out",
         )
     asked = load_preprocess(preprocess) if preprocess else None
@@ -39,7 +39,7 @@ def evaluate_artifact(folder: Path, data: str, preprocess: str | None, threads: 
     change = 100 * (metrics[1].value - metrics[0].value)
     rows = [
         (metrics[0].name, percent(metrics[0].value, 2), percent(metrics[1].value, 2), f"{change:+.2f} points"),
-        ("latency", milliseconds(timing.first_ms), milliseconds(timing.second_ms), f"{times(timing.ratio)} faster"),
+        ("latency", milliseconds(timing.first_ms), milliseconds(timing.second_ms), speed(timing.ratio)),
     ]
     show_table(
         f"{manifest.model} on {metrics[0].count} examples", ("", "float", "compiled", "change"), rows, right=(1, 2, 3)
@@ -68,7 +68,7 @@ def bench_artifact(folder: Path, against: Path | None, seconds: float, threads: 
     timing = compare_latency(other, compiled, single_inputs(manifest.inputs), seconds=seconds)
     rows = [
         (other_name, milliseconds(timing.first_ms), ""),
-        ("compiled", milliseconds(timing.second_ms), f"{times(timing.ratio)} faster"),
+        ("compiled", milliseconds(timing.second_ms), speed(timing.ratio)),
     ]
     show_table(f"{manifest.model}, batch 1", ("", "median", ""), rows, right=(1,))
     say(f"{timing.runs} interleaved pairs, {threads} thread{'s' * (threads != 1)}")

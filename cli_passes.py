@@ -110,9 +110,8 @@ def rerun(crash: Path, target: str, data: str | None, dump: Path | None) -> int:
         program = Program.load(archive)
     finally:
         archive.unlink()
-    say(
-        f"replaying {facts['pipeline']} (seed {facts['seed']}, written by fxpress {facts['fxpress']}, torch {facts['torch']})"
-    )
+    say(f"replaying {facts['pipeline']}")
+    say(f"  seed {facts['seed']}, written by fxpress {facts['fxpress']} with torch {facts['torch']}")
     result = PassManager(facts["pipeline"], dump=dump).run(program, _context(program, target, data, facts["seed"]))
     _show_stages(result, len(program.log))
     say("the failure does not occur here")

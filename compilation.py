@@ -8,6 +8,7 @@ after `cleanup,fuse-batchnorm`, so that its latency is the best that float offer
 
 from __future__ import annotations
 
+import dataclasses
 import math
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -20,7 +21,7 @@ import numpy as np
 import onnx
 import torch
 
-from .backends.coverage import measure_coverage
+from .backends.coverage import Coverage, float_reasons, measure_coverage
 from .backends.onnx.lower import lower
 from .errors import VerificationError
 from .frontend.batches import Batches, all_leaves
@@ -31,7 +32,9 @@ from .passes.base import Context, Pass
 from .passes.manager import PassManager, run_passes
 from .passes.memory import peak_memory
 from .passes.pipeline import print_pipeline
+from .passes.prune.groups import find_pinned
 from .passes.prune.plan import PruningPlan
+from .passes.prune.rules import analyze
 from .passes.quantize.spec import Target
 from .runtime.artifact import Artifact
 from .runtime.benchmark import Timing, compare_latency
@@ -138,11 +141,12 @@ def compile_program(
         speedup=timing.ratio,
         metric=metrics[1],
         parity=parity,
-        coverage=measure_coverage(model),
+        coverage=judge_coverage(model, compiled, settings.target),
         sqnr_db=sqnr,
         layer_parity=layer_parity,
         layers=rows,
         plan=compiled.plan or plan,
+        pinned=find_pinned(analyze(reference)) if compiled.plan or plan else [],
         promises=[
             parity_promise(compiled, parity, layer_parity),
             *drop_promise(metrics, settings.max_drop),
@@ -202,6 +206,16 @@ def judge_layers(compiled: Compiled, real: tuple[torch.Tensor, ...]) -> tuple[La
     return check_layers(compiled.final, real), layer_table(compiled.floating, compiled.final, real)
 
 
+def judge_coverage(model: onnx.ModelProto, compiled: Compiled, target: Target) -> Coverage:
+    """Integer coverage, each float island with the reason that the target's table or the pipeline gives."""
+    if compiled.floating is not None:
+        return measure_coverage(model, float_reasons(compiled.floating, target))
+    coverage = measure_coverage(model)
+    reason, hint = "the pipeline does not quantize", "use the recipe int8, or add quantize to the pipeline"
+    islands = [dataclasses.replace(i, reason=reason, hint=hint) for i in coverage.islands]
+    return dataclasses.replace(coverage, islands=islands)
+
+
 def output_sqnr(reference: Program, session: Session, real: tuple[torch.Tensor, ...]) -> float | None:
     """SQNR in dB of the compiled model's outputs in ONNX Runtime against float in PyTorch; capped at +-200."""
     expected = reference.run_flat(all_leaves(reference, real))
@@ -227,8 +241,8 @@ def parity_promise(compiled: Compiled, parity: Parity, layers: LayerParity | Non
             "parity", kept, f"PyTorch and ONNX Runtime differ by {parity.max_relative:.1e} relative (batches {sizes})"
         )
     detail = (
-        f"each layer, fed the same inputs, differs by at most {layers.max_steps:g} quantization step(s) between PyTorch "
-        f"and ONNX Runtime; run at batches {sizes}"
+        f"each layer, fed the same inputs, differs by at most {layers.max_steps:g} quantization step(s) between "
+        f"PyTorch and ONNX Runtime; run at batches {sizes}"
     )
     return Promise("parity", layers.max_steps <= _MOST_STEPS, detail)
 

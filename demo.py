@@ -22,7 +22,7 @@ from .frontend.program import Program
 from .passes.prune.plan import plan_pruning
 from .runtime.artifact import Artifact, check_output
 from .runtime.evaluate import Top1
-from .training.loop import fit
+from .training.loop import fit, torch_threads
 
 MACS_KEPT = 0.5
 CALIBRATION = 256
@@ -84,6 +84,11 @@ def run_demo(output: str | Path, seed: int = 0, threads: int = 1, progress: Prog
     """Train, prune, fine-tune, compile and judge; writes the artifact to `output`. Raises FxpressError subclasses."""
     check_output(output)
     digits = load_digits(seed)
+    with torch_threads(threads):
+        return _run(Path(output), digits, seed, threads, progress)
+
+
+def _run(output: Path, digits: Digits, seed: int, threads: int, progress: Progress | None) -> Artifact:
     torch.manual_seed(seed)
     module = fit(
         DigitNet(), digits.inputs, digits.labels, epochs=_EPOCHS, seed=seed, on_epoch=_told(progress, "train", _EPOCHS)

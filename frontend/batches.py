@@ -213,7 +213,7 @@ def _keep(program: Program, data: Iterator[Any]) -> list[tuple[torch.Tensor, ...
         if size > _KEEP_MB:
             raise DataError(
                 f"the data are an iterator that can be read only once, and hold more than {_KEEP_MB:.0f} MB",
-                hint="pass something that can be read again: a list, a DataLoader, or a function that returns the iterator",
+                hint="pass what can be read again: a list, a DataLoader, or a function that returns the iterator",
             )
         kept.append(batch)
     return kept

@@ -1,7 +1,7 @@
 """From what a user types as DATA to batches: pictures in a folder or zip, arrays, or a user's own callable.
 
 Everything streams: one batch at a time is in memory, however many examples there are (an `.npz` is read as a whole,
-as the format demands). Every `Data` can be iterated again and gives `inputs`, or `(inputs, labels)` where it has labels.
+as the format demands). Every `Data` can be iterated again; it gives `inputs`, or `(inputs, labels)` if it has labels.
 """
 
 from __future__ import annotations
@@ -63,7 +63,7 @@ class Loading:
         if chosen is None:
             raise OptionError(
                 f"{path} holds pictures, and nothing says how they become model inputs",
-                hint="add --preprocess imagenet, cifar10, none or FILE.toml (keys: resize, crop, scale, mean, std, ...)",
+                hint="add --preprocess imagenet, cifar10, none or FILE.toml (resize, crop, scale, mean, std, ...)",
             )
         return chosen
 

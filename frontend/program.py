@@ -13,6 +13,7 @@ import copy
 import json
 import linecache
 import re
+import warnings
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -150,8 +151,11 @@ class Program:
 
     def copy(self) -> Program:
         """A deep copy: editing it leaves this one alone."""
+        with warnings.catch_warnings():  # torch's own tree specs warn about themselves when they are copied
+            warnings.simplefilter("ignore", FutureWarning)
+            graph_module = copy.deepcopy(self.graph_module)
         return Program(
-            copy.deepcopy(self.graph_module), self.example_inputs, self.inputs, self.outputs, copy.deepcopy(self.log)
+            graph_module, self.example_inputs, self.inputs, self.outputs, copy.deepcopy(self.log)
         )
 
     def save(self, path: str | Path) -> None:

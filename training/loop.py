@@ -6,6 +6,7 @@ A Program trains like the module it came from: its BatchNorm and dropout switch 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import TypeVar
 
 import torch
@@ -59,3 +60,14 @@ def shuffled(count: int, batch_size: int, seed: int) -> Iterator[torch.Tensor]:
     """Batches of the indices 0..count-1 in an order that depends on `seed` alone."""
     order = torch.randperm(count, generator=torch.Generator().manual_seed(seed))
     yield from order.split(batch_size)
+
+
+@contextmanager
+def torch_threads(count: int) -> Iterator[None]:
+    """Let PyTorch use `count` threads within the block. Small layers are slower on many, much so on a busy machine."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(count)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)

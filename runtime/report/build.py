@@ -8,6 +8,7 @@ from typing import Any
 
 from ...backends.coverage import Coverage
 from ...frontend.program import StageRecord
+from ...passes.prune.groups import Pinned
 from ...passes.prune.plan import PruningPlan
 from ..evaluate import Metric
 from ..verify import LayerParity, LayerRow, Parity
@@ -56,6 +57,7 @@ class Findings:
     layer_parity: LayerParity | None = None
     layers: list[LayerRow] = field(default_factory=list)
     plan: PruningPlan | None = None
+    pinned: list[Pinned] = field(default_factory=list)
     promises: list[Promise] = field(default_factory=list)
 
 
@@ -76,7 +78,7 @@ def build_report(f: Findings) -> dict[str, Any]:
         "sqnr_db": f.sqnr_db,
         "coverage": _coverage(f.coverage),
         "layers": [_layer(row) for row in f.layers],
-        "pruning": _pruning(f.plan),
+        "pruning": _pruning(f.plan, f.pinned),
         "promises": [dataclasses.asdict(p) for p in f.promises],
         "environment": describe_environment(f.threads),
     }
@@ -114,8 +116,9 @@ def _layer(row: LayerRow) -> dict[str, Any]:
     return {name: getattr(row, name) for name in names}
 
 
-def _pruning(plan: PruningPlan | None) -> dict[str, Any] | None:
+def _pruning(plan: PruningPlan | None, pinned: list[Pinned]) -> dict[str, Any] | None:
     if plan is None:
         return None
-    pinned = [{"size": p.size, "reason": p.reason, "source": p.source} for p in plan.pinned]
-    return {"groups": len(plan.groups), "macs_kept": plan.macs_kept, "pinned": pinned}
+    before, after = plan.macs
+    rows = [{"size": p.size, "reason": p.reason.text, "source": p.reason.source} for p in pinned]
+    return {"groups": len(plan.groups), "macs_kept": after / before if before else 1.0, "pinned": rows}

@@ -8,7 +8,7 @@ from typing import Any
 from jinja2 import Environment, StrictUndefined
 from markupsafe import Markup
 
-from .words import comparison, count, number, percent, size, times
+from .words import comparison, count, milliseconds, number, percent, pinned_kinds, size, speed, times
 
 _GOOD_SQNR = 15.0
 _FULL_SQNR = 50.0
@@ -29,40 +29,33 @@ def render_page(report: dict[str, Any]) -> str:
         number=number,
         count=count,
         bar=_bar,
+        pinned_kinds=pinned_kinds,
     )
 
 
 def _cards(report: dict[str, Any]) -> list[dict[str, str]]:
     """The headline: accuracy, speed, size, coverage."""
     before, after = report["float"], report["compiled"]
-    cards = []
-    if report["metric"]:
-        drop = 100 * (after["metric"] - before["metric"])
-        cards.append(
-            _card(
-                f"{drop:+.2f}",
-                f"points of {report['metric']['name']}",
-                f"{before['metric']:.4g} → {after['metric']:.4g}",
-                drop >= -1,
-            )
-        )
-    cards.append(
-        _card(
-            times(report["speedup"]),
-            "faster than float",
-            f"{number(before['latency_ms'])} → {number(after['latency_ms'])} ms",
-            report["speedup"] >= 1,
-        )
-    )
+    how_fast = speed(report["speedup"]).split()
     smaller = before["size_bytes"] / after["size_bytes"]
-    cards.append(
-        _card(
-            times(smaller), "smaller file", f"{size(before['size_bytes'])} → {size(after['size_bytes'])}", smaller >= 1
-        )
-    )
+    sizes = f"{size(before['size_bytes'])} → {size(after['size_bytes'])}"
     integer = report["coverage"]["integer_macs"]
-    cards.append(_card(percent(integer), "of MACs on integers", "in the runtime's own optimized graph", None))
-    return cards
+    latencies = f"{milliseconds(before['latency_ms'])} → {milliseconds(after['latency_ms'])}"
+    return [
+        *_metric_card(report),
+        _card(how_fast[0], f"{how_fast[1]} than float", latencies, report["speedup"] >= 1),
+        _card(times(smaller), "smaller file", sizes, smaller >= 1),
+        _card(percent(integer), "of MACs on integers", "in the runtime's own optimized graph", None),
+    ]
+
+
+def _metric_card(report: dict[str, Any]) -> list[dict[str, str]]:
+    if not report["metric"]:
+        return []
+    before, after = report["float"]["metric"], report["compiled"]["metric"]
+    change = 100 * (after - before)
+    label = f"points of {report['metric']['name']}"
+    return [_card(f"{change:+.2f}", label, f"{before:.4g} → {after:.4g}", change >= -1)]
 
 
 def _card(figure: str, label: str, detail: str, good: bool | None) -> dict[str, str]:

@@ -50,6 +50,13 @@ def times(value: float | None) -> str:
     return MISSING if value is None else f"{value:.2f}×"
 
 
+def speed(ratio: float | None) -> str:
+    """2.5 -> "2.50× faster", 0.8 -> "1.25× slower"."""
+    if ratio is None:
+        return MISSING
+    return f"{times(ratio)} faster" if ratio >= 1 else f"{times(1 / ratio)} slower"
+
+
 @dataclass(frozen=True)
 class Row:
     """One line of the comparison of float and compiled."""
@@ -74,7 +81,7 @@ def comparison(report: dict[str, Any]) -> list[Row]:
             "latency",
             milliseconds(before["latency_ms"]),
             milliseconds(after["latency_ms"]),
-            f"{times(report['speedup'])} faster",
+            speed(report["speedup"]),
         )
     )
     for label, key, form in (
@@ -89,3 +96,26 @@ def comparison(report: dict[str, Any]) -> list[Row]:
 
 def _metric(value: float) -> str:
     return percent(value, 2) if 0 <= value <= 1 else number(value)
+
+
+@dataclass(frozen=True)
+class PinnedKind:
+    """Dimensions that cannot be pruned for one reason: how many, their sizes, and the first source line."""
+
+    reason: str
+    dimensions: int
+    sizes: str
+    source: str
+
+
+def pinned_kinds(pinned: list[dict[str, Any]]) -> list[PinnedKind]:
+    """What cannot be pruned (`size`, `reason`, `source`), by reason, largest dimensions first."""
+    kinds: dict[str, list[dict[str, Any]]] = {}
+    for row in pinned:
+        kinds.setdefault(row["reason"], []).append(row)
+    result = []
+    for reason, rows in sorted(kinds.items(), key=lambda item: -max(r["size"] for r in item[1])):
+        sizes = sorted({r["size"] for r in rows}, reverse=True)
+        text = ", ".join(map(str, sizes[:4])) + (", ..." if len(sizes) > 4 else "")
+        result.append(PinnedKind(reason, len(rows), text, rows[0]["source"] or ""))
+    return result
