@@ -1,0 +1,421 @@
+"""Does ONNX Runtime compute what PyTorch computes?
+
+`check_parity` compares whole programs at several batch sizes, `check_layers` each layer of a quantized program fed the
+same integers, `layer_table` tells how much each layer loses to quantization, alone and with what came before it.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import torch
+from torch import fx
+
+from ..backends.onnx.lower import lower
+from ..errors import DataError, VerificationError
+from ..frontend.operators import dequantize, quantize
+from ..frontend.program import Program
+from .cut import Cut, Site, cut_program, leading_op, quantized_sites, watch, weight_bytes
+from .session import Session, make_session
+
+FLOAT_BOUND = 1e-4
+_SQNR_CAP = 200.0
+_LEVELS = 255  # steps in the range of a float output, where no scale says how large a step is
+
+
+@dataclass(frozen=True)
+class Parity:
+    """How far ONNX Runtime is from PyTorch, over all batches and inputs.
+
+    `max_relative`: max |a - b| / max |b| of the worst output; `max_abs`: max |a - b|. `output_within_1_step`: the share
+    of output values of a quantized program that differ by at most one step (its output scale, or 1/255 of the output's
+    range where the output is float); 1.0 for a float program within the bound. `smallest_reference`: the least
+    max |b| of any output (an output of zeros would make agreement say nothing). `squeezed`: eager PyTorch dropped a
+    batch of one that the file keeps.
+    """
+
+    batches: tuple[int, ...]
+    max_relative: float
+    max_abs: float
+    output_within_1_step: float
+    smallest_reference: float
+    quantized: bool
+    squeezed: bool = False
+
+    @property
+    def kept(self) -> bool:
+        """Is a float program within the bound? (A quantized one is judged layer by layer.)"""
+        return self.quantized or self.max_relative <= FLOAT_BOUND
+
+
+@dataclass(frozen=True)
+class LayerSteps:
+    """One layer, fed the same integers: greatest difference in quantization steps, share of equal values."""
+
+    name: str
+    max_steps: int
+    share_equal: float
+
+
+@dataclass(frozen=True)
+class LayerParity:
+    """All layers. `share_equal` is over all values; `output_relative` is max |a - b| / max |b| of the float outputs."""
+
+    layers: tuple[LayerSteps, ...]
+    max_steps: int
+    share_equal: float
+    output_relative: float
+
+    @property
+    def kept(self) -> bool:
+        return self.max_steps <= 1 and self.output_relative <= FLOAT_BOUND
+
+
+@dataclass(frozen=True)
+class LayerRow:
+    """What quantization costs at one layer. SQNR = 10 log10(sum ref^2 / sum err^2) in dB, at most 200 in size.
+
+    `isolated`: the layer alone, fed the float program's values, quantized; `accumulated`: in the quantized program.
+    None where the float program has no such value. `low`, `high`: what the layer's output can hold. `bytes`: of the
+    parameters that the layer reads.
+    """
+
+    name: str
+    op: str
+    sqnr_isolated_db: float | None
+    sqnr_accumulated_db: float | None
+    low: float
+    high: float
+    scale: float
+    zero_point: int
+    bytes: int
+
+
+# -- whole programs -------------------------------------------------------------------------------------------------
+
+
+def check_parity(
+    program: Program,
+    model: onnx.ModelProto | bytes | str | Path,
+    batches: Sequence[int] = (1, 2, 5),
+    real_inputs: Sequence[torch.Tensor] | None = None,
+    seed: int = 0,
+) -> Parity:
+    """Run PyTorch and ONNX Runtime on random inputs like the example inputs, and on `real_inputs` where given.
+
+    `real_inputs` are the flat input tensors of a batch of examples; as many as each batch needs are taken, repeated if
+    there are too few. A program with a fixed batch is checked at its own batch only.
+    """
+    session = make_session(model)
+    sizes = tuple(batches) if has_dynamic_batch(program) else (int(_tensors(program)[0].shape[0]),)
+    generator = torch.Generator().manual_seed(seed)
+    sites = quantized_sites(program)
+    tally = _Tally(_output_steps(program, sites))
+    for batch in sizes:
+        tally.compare(program, session, random_inputs(program, batch, generator))
+        if real_inputs is not None:
+            tally.compare(program, session, take(program, real_inputs, batch))
+    return tally.parity(sizes, quantized=bool(sites))
+
+
+def has_dynamic_batch(program: Program) -> bool:
+    """Is the first dim of the first input symbolic?"""
+    return bool(program.inputs and program.inputs[0].dims and isinstance(program.inputs[0].dims[0], str))
+
+
+def random_inputs(program: Program, batch: int, generator: torch.Generator) -> tuple[torch.Tensor, ...]:
+    """Inputs with the scale (floats) or the range (integers) of the example inputs."""
+    forms = take(program, _tensors(program), batch)
+    return tuple(_random_like(x, generator) for x in forms)
+
+
+def _random_like(x: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
+    if not x.numel():
+        return x
+    low, high = x.min(), x.max()
+    if x.is_floating_point():
+        spread = x.double().std() if x.numel() > 1 else torch.zeros(())
+        values = x.double().mean() + spread * torch.randn(x.shape, generator=generator, dtype=torch.float64)
+        return values.clamp(low.double(), high.double()).to(x.dtype)
+    return torch.randint(int(low), int(high) + 1, x.shape, generator=generator).to(x.dtype)
+
+
+def take(program: Program, inputs: Sequence[torch.Tensor], batch: int) -> tuple[torch.Tensor, ...]:
+    """The first `batch` examples, repeated where there are fewer; inputs without a batch dim as they are."""
+    if len(inputs) != len(program.inputs):
+        raise DataError(
+            f"the program takes {len(program.inputs)} inputs, got {len(inputs)}", hint="pass the flat inputs in order"
+        )
+    if not has_dynamic_batch(program):
+        return tuple(inputs)
+    name = program.inputs[0].dims[0]
+    return tuple(
+        _first(x, batch) if info.dims and info.dims[0] == name else x for x, info in zip(inputs, program.inputs)
+    )
+
+
+def _first(x: torch.Tensor, batch: int) -> torch.Tensor:
+    if x.shape[0] == 0:
+        raise DataError("an input batch is empty", hint="pass at least one example")
+    copies = -(-batch // x.shape[0])
+    return torch.cat([x] * copies)[:batch]
+
+
+def _tensors(program: Program) -> tuple[torch.Tensor, ...]:
+    return tuple(x for x in program.example_inputs if isinstance(x, torch.Tensor))
+
+
+def _leaves(program: Program, inputs: Sequence[torch.Tensor]) -> list[Any]:
+    """Flat inputs with the non-tensor leaves of the example call in their places."""
+    given = iter(inputs)
+    return [next(given) if isinstance(x, torch.Tensor) else x for x in program.example_inputs]
+
+
+def _to_numpy(x: torch.Tensor) -> np.ndarray:
+    return x.detach().cpu().numpy()
+
+
+def _output_steps(program: Program, sites: tuple[Site, ...]) -> list[float | None]:
+    """For each output its step: 0 for a float program, the scale where the output is a dequantized tensor, else None."""
+    if not sites:
+        return [0.0] * len(program.outputs)
+    return [_step_of(node) for node in program.output_nodes()]
+
+
+def _step_of(node: fx.Node) -> float | None:
+    """The scale behind an output, seen through ops that only move values."""
+    while node.op == "call_function" and node.target is not torch.ops.fxpress.dequantize.default:
+        if str(node.target) not in _MOVES or not isinstance(node.args[0], fx.Node):
+            return None
+        node = node.args[0]
+    return float(node.args[1]) if node.op == "call_function" else None  # type: ignore[arg-type]
+
+
+_MOVES = frozenset(
+    f"aten.{name}"
+    for name in (
+        "view.default", "reshape.default", "flatten.using_ints", "permute.default", "transpose.int", "squeeze.dim",
+        "squeeze.dims", "squeeze.default", "unsqueeze.default", "select.int", "slice.Tensor", "contiguous.default",
+    )
+)  # fmt: skip
+
+
+class _Tally:
+    """Collects differences over batches and outputs."""
+
+    def __init__(self, steps: list[float | None]) -> None:
+        self.steps = steps
+        self.relative = self.absolute = 0.0
+        self.smallest = math.inf
+        self.near = self.count = 0
+        self.squeezed = False
+
+    def compare(self, program: Program, session: Session, inputs: tuple[torch.Tensor, ...]) -> None:
+        expected = program.run_flat(_leaves(program, inputs))
+        actual = session.run(*map(_to_numpy, inputs))
+        if len(actual) != len(expected):
+            raise VerificationError(f"PyTorch gives {len(expected)} outputs, ONNX Runtime {len(actual)}")
+        for ours, theirs, step in zip(actual, map(_to_numpy, expected), self.steps):
+            self._one(ours, self._aligned(theirs, ours), step)
+
+    def _aligned(self, theirs: np.ndarray, ours: np.ndarray) -> np.ndarray:
+        """`x.squeeze()` drops a batch of one too, in PyTorch alone; the values are compared all the same."""
+        same = ours.shape == theirs.shape
+        if not same and [s for s in ours.shape if s != 1] == [s for s in theirs.shape if s != 1]:
+            self.squeezed = True
+            return theirs.reshape(ours.shape)
+        return theirs
+
+    def _one(self, ours: np.ndarray, theirs: np.ndarray, step: float | None) -> None:
+        if ours.shape != theirs.shape or ours.dtype != theirs.dtype:
+            raise VerificationError(
+                f"PyTorch gives {theirs.dtype}{list(theirs.shape)}, ONNX Runtime {ours.dtype}{list(ours.shape)}",
+                hint="this is a fault of the lowering: report it with the model",
+            )
+        absolute, largest = differences(ours, theirs)
+        self.absolute, self.relative = max(self.absolute, absolute), max(self.relative, relative(absolute, largest))
+        self.smallest = min(self.smallest, largest)
+        self._count_steps(ours, theirs, step, largest)
+
+    def _count_steps(self, ours: np.ndarray, theirs: np.ndarray, step: float | None, largest: float) -> None:
+        if step is None:
+            step = float(np.ptp(theirs.astype(np.float64))) / _LEVELS if theirs.size else 0.0
+        allowed = step * 1.001 if step else FLOAT_BOUND * largest
+        with np.errstate(invalid="ignore"):
+            near = np.abs(ours.astype(np.float64) - theirs.astype(np.float64)) <= allowed
+        self.near += int((near | (ours == theirs)).sum())
+        self.count += theirs.size
+
+    def parity(self, batches: tuple[int, ...], quantized: bool) -> Parity:
+        share = self.near / self.count if self.count else 1.0
+        smallest = self.smallest if math.isfinite(self.smallest) else 0.0
+        return Parity(batches, self.relative, self.absolute, share, smallest, quantized, self.squeezed)
+
+
+def differences(ours: np.ndarray, theirs: np.ndarray) -> tuple[float, float]:
+    """(max |a - b|, max |b|). A NaN or infinity counts as an infinite difference unless both have it."""
+    a, b = ours.astype(np.float64), theirs.astype(np.float64)
+    if not a.size:
+        return 0.0, 0.0
+    odd = ~(np.isfinite(a) & np.isfinite(b))
+    if odd.any():
+        if not np.array_equal(a[odd], b[odd], equal_nan=True):
+            return math.inf, 0.0
+        a, b = np.where(odd, 0.0, a), np.where(odd, 0.0, b)
+    return float(np.abs(a - b).max()), float(np.abs(b).max())
+
+
+def relative(absolute: float, largest: float) -> float:
+    """max |a - b| / max |b|; 0 where both are 0."""
+    return 0.0 if absolute == 0 else absolute / max(largest, 1e-30)
+
+
+# -- layers of a quantized program ----------------------------------------------------------------------------------
+
+
+def check_layers(program: Program, inputs: Sequence[torch.Tensor]) -> LayerParity:
+    """Feed each layer in ONNX Runtime the integers that the PyTorch simulation had on `inputs`, and compare.
+
+    `inputs` are the flat input tensors of one batch. Examples go through one at a time where the batch is dynamic.
+    Raises `VerificationError` for a program without quantized activations.
+    """
+    cut = cut_program(program)
+    if not cut.sites:
+        raise VerificationError("the program has no quantized activations", hint="use check_parity for float programs")
+    session = make_session(lower(cut.program))
+    counters = [_StepCounter() for _ in cut.sites]
+    worst = 0.0
+    for example in examples(program, inputs):
+        worst = max(worst, _compare_layers(program, cut, session, example, counters))
+    layers = tuple(LayerSteps(s.layer, c.most, c.share) for s, c in zip(cut.sites, counters))
+    total = sum(c.count for c in counters)
+    return LayerParity(layers, max(c.most for c in counters), sum(c.equal for c in counters) / max(total, 1), worst)
+
+
+@dataclass
+class _StepCounter:
+    most: int = 0
+    equal: int = 0
+    count: int = 0
+
+    @property
+    def share(self) -> float:
+        return self.equal / self.count if self.count else 1.0
+
+    def add(self, ours: np.ndarray, theirs: np.ndarray) -> None:
+        steps = np.abs(ours.astype(np.int64) - theirs.astype(np.int64))
+        self.most = max(self.most, int(steps.max(initial=0)))
+        self.equal += int((steps == 0).sum())
+        self.count += steps.size
+
+
+def _compare_layers(
+    program: Program, cut: Cut, session: Session, example: tuple[torch.Tensor, ...], counters: list[_StepCounter]
+) -> float:
+    """Compare one batch; returns the worst relative difference of the float outputs."""
+    values, outputs = watch(program, _leaves(program, example), {s.node.name for s in cut.sites})
+    integers = [_to_numpy(values[s.node.name]) for s in cut.sites]
+    results = session.run(*map(_to_numpy, example), *integers)
+    for counter, ours, theirs in zip(counters, results, integers):
+        counter.add(ours, theirs)
+    floats = zip(results[len(integers) :], map(_to_numpy, outputs))
+    pairs = [(ours, theirs) for ours, theirs in floats if theirs.dtype.kind == "f"]
+    return max((relative(*differences(ours, theirs.reshape(ours.shape))) for ours, theirs in pairs), default=0.0)
+
+
+def examples(program: Program, inputs: Sequence[torch.Tensor]) -> list[tuple[torch.Tensor, ...]]:
+    """One example at a time where the batch is dynamic, so that only one example's activations are held."""
+    if not has_dynamic_batch(program):
+        return [take(program, inputs, 0)]
+    name = program.inputs[0].dims[0]
+    batched = [bool(i.dims) and i.dims[0] == name for i in program.inputs]
+    whole = take(program, inputs, inputs[0].shape[0]) if inputs else ()
+    count = whole[0].shape[0] if whole else 0
+    return [tuple(x[i : i + 1] if b else x for x, b in zip(whole, batched)) for i in range(count)]
+
+
+# -- what quantization costs ----------------------------------------------------------------------------------------
+
+
+def layer_table(float_program: Program, quantized_program: Program, inputs: Sequence[torch.Tensor]) -> list[LayerRow]:
+    """One row for each quantized activation, in order. `float_program` is the program just before quantization."""
+    cut = cut_program(quantized_program)
+    noises = [(_Noise(), _Noise()) for _ in cut.sites]
+    for example in examples(quantized_program, inputs):
+        _add_example(float_program, quantized_program, cut, example, noises)
+    return [
+        _row(site, quantized_program, isolated, accumulated) for site, (isolated, accumulated) in zip(cut.sites, noises)
+    ]
+
+
+@dataclass
+class _Noise:
+    """Sums of squares of a reference and of what differs from it."""
+
+    signal: float = 0.0
+    error: float = 0.0
+    seen: bool = False
+
+    def add(self, reference: torch.Tensor, value: torch.Tensor) -> None:
+        reference, value = reference.double(), value.double()
+        self.signal += float(reference.square().sum())
+        self.error += float((reference - value).square().sum())
+        self.seen = True
+
+    @property
+    def decibel(self) -> float | None:
+        """SQNR, held within +-200 dB so that it is a number in JSON; None where nothing was compared."""
+        if not self.seen:
+            return None
+        if self.error == 0:
+            return _SQNR_CAP
+        if self.signal == 0:
+            return -_SQNR_CAP
+        return min(max(10 * math.log10(self.signal / self.error), -_SQNR_CAP), _SQNR_CAP)
+
+
+def _add_example(
+    float_program: Program,
+    quantized_program: Program,
+    cut: Cut,
+    example: tuple[torch.Tensor, ...],
+    noises: list[tuple[_Noise, _Noise]],
+) -> None:
+    references, _ = watch(float_program, _leaves(float_program, example), {s.layer for s in cut.sites})
+    values, _ = watch(quantized_program, _leaves(quantized_program, example), {s.node.name for s in cut.sites})
+    fed = [_fed(site, references, values) for site in cut.sites]
+    _, results = watch(cut.program, [*example, *fed], set())
+    for site, (isolated, accumulated), result in zip(cut.sites, noises, results):
+        reference, value = references.get(site.layer), values[site.node.name]
+        if reference is not None and reference.shape == value.shape:
+            isolated.add(reference, dequantize(result, site.scale, site.zero_point))
+            accumulated.add(reference, dequantize(value, site.scale, site.zero_point))
+
+
+def _fed(site: Site, references: dict[str, torch.Tensor], values: dict[str, torch.Tensor]) -> torch.Tensor:
+    """The float program's value, quantized; the quantized program's own where the float program has none."""
+    reference, value = references.get(site.layer), values[site.node.name]
+    if reference is None or reference.shape != value.shape:
+        return value
+    return quantize(reference, site.scale, site.zero_point, site.dtype)
+
+
+def _row(site: Site, program: Program, isolated: _Noise, accumulated: _Noise) -> LayerRow:
+    low, high = site.bounds
+    return LayerRow(
+        name=site.layer,
+        op=leading_op(site),
+        sqnr_isolated_db=isolated.decibel,
+        sqnr_accumulated_db=accumulated.decibel,
+        low=low,
+        high=high,
+        scale=site.scale,
+        zero_point=site.zero_point,
+        bytes=weight_bytes(site, program),
+    )
