@@ -17,17 +17,26 @@ from pathlib import Path
 import torch
 
 sys.path.insert(0, str(Path(__file__).parent))
-import models as own_models
-
 import fxpress
+import models as own_models
 from fxpress.frontend.cost import count_macs
 from fxpress.passes.prune.groups import coverage, find_groups, find_pinned
 from fxpress.passes.prune.masking import oracle_error
 from fxpress.passes.prune.plan import plan_pruning
 from fxpress.passes.prune.rules import analyze
 
-MODELS = """cifar_resnet20 resnet18 mobilenet_v2 densenet121 shufflenet_v2_x1_0 efficientnet_b0 regnet_y_400mf googlenet
-squeezenet1_1 mnasnet0_5""".split()
+MODELS = [
+    "cifar_resnet20",
+    "resnet18",
+    "mobilenet_v2",
+    "densenet121",
+    "shufflenet_v2_x1_0",
+    "efficientnet_b0",
+    "regnet_y_400mf",
+    "googlenet",
+    "squeezenet1_1",
+    "mnasnet0_5",
+]
 BUDGETS = (0.7, 0.5, 0.3)
 BOUND = 1e-9
 
@@ -91,8 +100,17 @@ def measure(name: str, size: int) -> list[dict[str, object]]:
     found = coverage(analysis)
     rows = []
     for budget in BUDGETS:
-        row: dict[str, object] = {"model": name, "budget": budget, "groups": len(groups), "pinned": len(find_pinned(analysis))}
-        row |= {"grouped_parameters": found.grouped, "pinned_parameters": found.pinned, "unexplained": found.unexplained}
+        row: dict[str, object] = {
+            "model": name,
+            "budget": budget,
+            "groups": len(groups),
+            "pinned": len(find_pinned(analysis)),
+        }
+        row |= {
+            "grouped_parameters": found.grouped,
+            "pinned_parameters": found.pinned,
+            "unexplained": found.unexplained,
+        }
         row["analysis_ms"] = milliseconds
         try:
             plan = plan_pruning(program, macs=budget)
@@ -127,8 +145,10 @@ def main() -> int:
     parser.add_argument("--json", type=Path, help="write the rows here")
     arguments = parser.parse_args()
     warnings.simplefilter("ignore")
-    names = "budget macs_kept params_kept groups pinned unexpl. analysis relative".split()
-    print(f"{'model':28} {names[0]:>6} {'MACs':>9} {'params':>9} {names[3]:>7} {names[4]:>7} {names[5]:>7} {'ms':>8} {'error':>9}")
+    names = ["budget", "macs_kept", "params_kept", "groups", "pinned", "unexpl.", "analysis", "relative"]
+    print(
+        f"{'model':28} {names[0]:>6} {'MACs':>9} {'params':>9} {names[3]:>7} {names[4]:>7} {names[5]:>7} {'ms':>8} {'error':>9}"
+    )
     rows: list[dict[str, object]] = []
     for name in arguments.models:
         for row in measure(name, 32 if name.startswith("cifar_") else arguments.size):

@@ -67,7 +67,7 @@ def parameter_bytes(program: Program) -> int:
 
 
 def op_name(node: fx.Node) -> str:
-    """"aten.conv2d" of a node that calls an operator, without its overload; "" or a Python name for other nodes."""
+    """ "aten.conv2d" of a node that calls an operator, without its overload; "" or a Python name for other nodes."""
     if node.op != "call_function":
         return ""
     schema = getattr(node.target, "_schema", None)

@@ -1,11 +1,13 @@
 """What is known about the dimensions of one program: the axes of every tensor, and what pruning needs beside them.
 
-The walk in `rules.py` fills an `Analysis`, rule by rule. It records where a dimension is contracted (a removed position must count as zero there), what work depends on which axes, how
-a data movement maps positions, and which factor a group count stands for.
+The walk in `rules.py` fills an `Analysis`, rule by rule. It records where a dimension is contracted (a removed
+position must count as zero there), what work depends on which axes, how a data movement maps positions, and which
+factor a group count stands for.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from math import prod
 from typing import Any
@@ -116,6 +118,11 @@ class Analysis:
                 self._by_identity[id(tensor)] = tuple(self.atoms.fresh(n) for n in tensor.shape)
             self.tensors[name] = self._by_identity[id(tensor)]
         return self.tensors[name]
+
+
+def rows(names: str, rule: Callable[..., Any]) -> dict[str, Callable[..., Any]]:
+    """Rows of a rule table: the same rule for several ATen ops."""
+    return {f"aten.{name}": rule for name in names.split()}
 
 
 # -- reading nodes ------------------------------------------------------------------------------------------------

@@ -1,16 +1,17 @@
 """The axis algebra: which positions of which tensor dimensions must be removed together.
 
-Every position of a dimension is an *atom*, an integer. A dimension is a vector of atoms, so that concatenation, slicing,
-flipping, rolling and gathering by constant indices are plain numpy indexing. Atom 0, `FIXED`, is never removed.
+Every position of a dimension is an *atom*, an integer. A dimension is a vector of atoms, so that concatenation,
+slicing, flipping, rolling and gathering by constant indices are plain numpy indexing. Atom 0, `FIXED`, is never
+removed.
 
 A product of dimensions (768 = 12 heads x 64) is a vector of *product atoms*: the position (i, j) is the conjunction of
 atom i of the outer and atom j of the inner dimension, and is kept if and only if both are. FIXED is neutral in it, so
 flattening [C, 7, 7] simply repeats each channel 49 times. Every atom resolves to its *literals*, the independent leaf
 atoms whose conjunction it is; pruning chooses among literals only.
 
-`unify(v, w)` says that two dimensions are indexed together. It is a union-find on literals, with substitution where one
-side is a product, common refinement where both are, and a pin (never remove, for a stated reason) where nothing less
-would be sound. All of it is vectorized: the work is linear in the number of positions.
+`unify(v, w)` says that two dimensions are indexed together. It is a union-find on literals, with substitution where
+one side is a product, common refinement where both are, and a pin (never remove, for a stated reason) where nothing
+less would be sound. All of it is vectorized: the work is linear in the number of positions.
 """
 
 from __future__ import annotations

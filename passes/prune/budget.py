@@ -119,7 +119,7 @@ class Choice:
 
 
 def granule(size: int, round_to: int) -> int:
-    """The rounding of a group: `round_to`, halved for narrow groups down to a quarter, but 4 at least if asked for that."""
+    """The rounding of a group: `round_to`, for narrow groups a half or a quarter of it, but 4 at least."""
     step = round_to
     while step > max(round_to // 4, min(round_to, 4)) and size < 4 * step:
         step //= 2
@@ -168,7 +168,8 @@ def _protected(analysis: Analysis, scores: Vector) -> Vector:
     """Literals that must stay so that no dimension of any tensor becomes empty: those of its best position."""
     result = np.zeros(analysis.atoms.count, dtype=bool)
     result[FIXED] = True
-    vectors = {v.tobytes(): v for value in analysis.values.values() for axes in flat_axes(value) for v in axes if v.any()}
+    every = (v for value in analysis.values.values() for axes in flat_axes(value) for v in axes if v.any())
+    vectors = {v.tobytes(): v for v in every}
     for vector in vectors.values():
         slots = analysis.atoms.resolve(vector)
         stays = (analysis.atoms.pinned(slots) | result[slots]).all(axis=0)
@@ -227,7 +228,7 @@ def select_budget(analysis: Analysis, choices: list[Choice], cost: Cost, share: 
     notes = []
     if reached < (1 - TOLERANCE) * budget:
         notes.append(
-            f"{name} ended at {reached / total:.4f} instead of {share:g}: no group can keep one step more within the budget"
+            f"{name} ended at {reached / total:.4f} instead of {share:g}: no group can keep a step more within it"
         )
     return Selection(keep_mask(analysis, choices), reached, notes)
 

@@ -1,7 +1,8 @@
 """Groups: literals that occur in exactly the same dimensions of the same parameters, and so compete with one another.
 
-Removing a literal shortens every place of its group by as many positions as it has there. `find_groups` is one pass over
-all parameter dimensions: each place adds its random 64-bit number to the signature of the literals that occur in it.
+Removing a literal shortens every place of its group by as many positions as it has there. `find_groups` is one pass
+over all parameter dimensions: each place adds its random 64-bit number to the signature of the literals that occur in
+it.
 """
 
 from __future__ import annotations

@@ -3,9 +3,9 @@
     score(place, i) = norm of the slice i of the parameter along the place's dimension      (Li et al. 2017)
     I(literal)      = mean over its places of  score / (mean score of the group's literals at that place)
 
-The mean over all coupled places, and the normalization that lets groups compete under one threshold, follow Fang et al.
-2023 (DepGraph). Places in parameters of one dimension (biases, norms) count only where a group has no others: the size
-of a bias says nothing about what its channel carries.
+The mean over all coupled places, and the normalization that lets groups compete under one threshold, follow Fang et
+al. 2023 (DepGraph). Places in parameters of one dimension (biases, norms) count only where a group has no others: the
+size of a bias says nothing about what its channel carries.
 """
 
 from __future__ import annotations
@@ -71,9 +71,7 @@ def _weights_of(analysis: Analysis, group: Group) -> list[Place]:
     return [p for p in own if tensors[p].ndim > 1] or own
 
 
-def _scores(
-    analysis: Analysis, place: Place, score: Score, generator: np.random.Generator
-) -> tuple[Vector, Vector]:
+def _scores(analysis: Analysis, place: Place, score: Score, generator: np.random.Generator) -> tuple[Vector, Vector]:
     """The literals at one place, sorted, and the score of each: the sum over its positions there."""
     tensor = get_attribute(analysis.program.graph_module, place.name).detach()
     if not torch.isfinite(tensor).all():

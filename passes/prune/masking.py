@@ -1,7 +1,7 @@
 """The oracle of pruning: the original program with the removed positions zeroed wherever they are summed over.
 
-A pruned program is right exactly when it agrees with this one. Nothing here is shared with `slicing`: sizes, literals and
-weights stay as they are, and each operand that a node contracts is multiplied by a mask of zeros and ones.
+A pruned program is right exactly when it agrees with this one. Nothing here is shared with `slicing`: sizes, literals
+and weights stay as they are, and each operand that a node contracts is multiplied by a mask of zeros and ones.
 """
 
 from __future__ import annotations
@@ -40,7 +40,9 @@ def _mask_operand(program: Program, node: fx.Node, name: str, dim: int, mask: to
     set_argument(node, name, call_before(node, aten.mul.Tensor, operand, constant, value=value))
 
 
-def oracle_error(masked: Program, pruned: Program, inputs: tuple[torch.Tensor, ...] | None = None, seed: int = 0) -> float:
+def oracle_error(
+    masked: Program, pruned: Program, inputs: tuple[torch.Tensor, ...] | None = None, seed: int = 0
+) -> float:
     """The relative difference of both programs' outputs in float64, on normal random inputs of the example's shapes.
 
     Neither argument is changed. Raises VerificationError when an output of the masked program is constant, which would

@@ -19,9 +19,9 @@ ORIGINAL = "prune.original"  # the program before pruning, for verify-pruning
 class Prune(Pass):
     """Remove whole channels (and other positions of dimensions) until a budget is met.
 
-    The axis algebra finds what must go together; importance decides what goes. `macs` and `params` are the share that is
-    kept, `ratio` the share of every group that is removed. With `verify` the result is compared with the oracle, the
-    original with the removed positions zeroed, in float64. The plan is left in `context.results["prune"]`.
+    The axis algebra finds what must go together; importance decides what goes. `macs` and `params` are the share that
+    is kept, `ratio` the share of every group that is removed. With `verify` the result is compared with the oracle,
+    the original with the removed positions zeroed, in float64. The plan is left in `context.results["prune"]`.
     """
 
     macs: float | None = None
@@ -82,7 +82,7 @@ def _verified(plan: PruningPlan, original: Program, pruned: Program, tolerance: 
     if not error <= tolerance:
         raise VerificationError(
             f"the pruned program differs from its oracle by {error:.2e} relative (allowed {tolerance:.0e})",
-            hint="this is a bug in fxpress if nothing ran in between; exclude the layers that you suspect and report it",
+            hint="this is a bug in fxpress if nothing ran in between; exclude the layers that you suspect",
         )
     return f"equal to the masked original: {error:.1e} relative in float64"
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import fnmatch
 import json
-import math
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -18,7 +17,6 @@ from .analysis import Analysis
 from .axes import FIXED, Reason, Vector
 from .budget import (
     Selection,
-    keep_mask,
     macs_cost,
     make_choices,
     parameter_cost,
@@ -75,7 +73,7 @@ class PruningPlan:
         return copy
 
     def mask(self, program: Program) -> Program:
-        """A new program of the original sizes, the removed positions zeroed at every consumer: the oracle of `apply`."""
+        """A new program of the original sizes, removed positions zeroed at every consumer: what `apply` must equal."""
         copy = program.copy()
         mask_program(self._cut(copy))
         return copy
@@ -86,7 +84,9 @@ class PruningPlan:
         try:
             Path(path).write_text(json.dumps(data, indent=1) + "\n", encoding="utf-8")
         except OSError as error:
-            raise OutputError(f"cannot write {path}: {error.strerror}", hint="choose a path that you may write to") from error
+            raise OutputError(
+                f"cannot write {path}: {error.strerror}", hint="choose a path that you may write to"
+            ) from error
 
     @staticmethod
     def load(path: str | Path) -> PruningPlan:
@@ -95,13 +95,15 @@ class PruningPlan:
             return _from_json(json.loads(Path(path).read_text(encoding="utf-8")))
         except (OSError, ValueError, TypeError, KeyError) as error:
             raise PruningError(
-                f"{path} is not a pruning plan: {type(error).__name__}: {error}", hint="give a file that PruningPlan.save wrote"
+                f"{path} is not a pruning plan: {type(error).__name__}: {error}",
+                hint="give a file that PruningPlan.save wrote",
             ) from error
 
     def __repr__(self) -> str:
         rows = [f"  {g.kept:>5} of {g.size:<5} {_shortened(g.places)}" for g in self.groups]
         head = f"PruningPlan({self.request}): MACs {_share(self.macs)}, parameters {_share(self.parameters)}"
-        return "\n".join([head, f"  kept of size   {len(self.groups)} groups", *rows, *(f"  note: {n}" for n in self.notes)])
+        notes = [f"  note: {n}" for n in self.notes]
+        return "\n".join([head, f"  kept of size   {len(self.groups)} groups", *rows, *notes])
 
     def _cut(self, program: Program) -> Cut:
         """Find the literals whose removal gives exactly the planned indices."""
@@ -124,11 +126,11 @@ def plan_pruning(
 ) -> PruningPlan:
     """Choose what to remove from `program`, which is not changed.
 
-    Exactly one budget: `macs` or `params`, the share that is kept, or `ratio`, the share of every group that is removed
-    (all in (0, 1); a share of 1 keeps everything). `importance`: l1, l2 or random (drawn from `seed`). `round_to`: group
-    sizes are multiples of it, narrow groups of a half or quarter of it, 4 at least (default 1). `exclude`: globs of names
-    of parameters or layers that keep their shape. `max_ratio`: the largest share removed from any dimension. `data` is
-    for importances that need it; none of the present ones does.
+    Exactly one budget: `macs` or `params`, the share that is kept, or `ratio`, the share of every group that is
+    removed (all in (0, 1); a share of 1 keeps everything). `importance`: l1, l2 or random (drawn from `seed`).
+    `round_to`: group sizes are multiples of it, narrow groups of a half or quarter of it, 4 at least (default 1).
+    `exclude`: globs of names of parameters or layers that keep their shape. `max_ratio`: the largest share removed
+    from any dimension. `data` is for importances that need it; none of the present ones does.
 
     Raises OptionError (a bad or effectless option) and PruningError (a quantized program, an impossible budget).
     """
@@ -137,7 +139,9 @@ def plan_pruning(
     _pin_excluded(analysis, [exclude] if isinstance(exclude, str) else list(exclude))
     groups = find_groups(analysis)
     if not groups:
-        raise PruningError("nothing in this program can be pruned", hint="`fxpress inspect` lists what is pinned and why")
+        raise PruningError(
+            "nothing in this program can be pruned", hint="`fxpress inspect` says what is pinned and why"
+        )
     scores = importances(analysis, groups, importance, seed)
     choices = make_choices(analysis, groups, scores, round_to or 1, max_ratio)
     costs = {"macs": macs_cost(analysis), "params": parameter_cost(analysis)}
@@ -176,8 +180,10 @@ def _check_options(
         names = ", ".join(n for n, _ in given) or "none"
         raise OptionError(f"give exactly one budget, got {names}", hint="for example macs=0.5 (keep half of the MACs)")
     name, value = given[0]
-    if not isinstance(value, (int, float)) or not math.isfinite(value) or not 0 < value <= 1 or (name == "ratio" and value == 1):
-        raise OptionError(f"{name} is {value!r}", hint="give a share in (0, 1): macs and params are what is kept, ratio what goes")
+    is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
+    if not is_number or not 0 < value <= 1 or (name == "ratio" and value == 1):
+        hint = "give a share in (0, 1): macs and params say what is kept, ratio what goes"
+        raise OptionError(f"{name} is {value!r}", hint=hint)
     if round_to is not None and (not isinstance(round_to, int) or round_to < 1):
         raise OptionError(f"round_to is {round_to!r}", hint="give a positive whole number, such as 8")
     if max_ratio is not None and not 0 < max_ratio < 1:
@@ -235,7 +241,7 @@ def _kept_atoms(removals: Iterable[Removal], analysis: Analysis) -> Vector:
         pinned = analysis.atoms.pinned(matrix).all(axis=0)
         if not np.array_equal(keep[matrix].all(axis=0), wanted) or not wanted[pinned].all():
             raise PruningError(
-                f"the plan does not fit this model: its indices for {place} contradict those for the layers it is coupled with",
+                f"the plan does not fit this model: its indices for {place} contradict those for coupled layers",
                 hint="plans only fit the architecture (and the stage of the pipeline) that they were made for",
             )
     return keep
@@ -250,7 +256,8 @@ def _planned_mask(removal: Removal, analysis: Analysis) -> Vector:
         )
     if len(axes[removal.dim]) != removal.size or not all(0 <= i < removal.size for i in removal.removed):
         raise PruningError(
-            f"the plan was made for size {removal.size} of {removal.name}[{removal.dim}], this model has {len(axes[removal.dim])}",
+            f"the plan was made for size {removal.size} of {removal.name}[{removal.dim}], here it is "
+            f"{len(axes[removal.dim])}",
             hint="apply the plan to the unpruned model",
         )
     mask = np.ones(removal.size, dtype=bool)
@@ -275,7 +282,7 @@ def _shortened(names: tuple[str, ...], count: int = 3) -> str:
 
 def _from_json(data: dict[str, Any]) -> PruningPlan:
     if data["format"] != _FORMAT or data["version"] != _VERSION:
-        raise ValueError(f"format {data['format']!r} version {data['version']!r}, this fxpress reads {_FORMAT!r} version {_VERSION}")
+        raise ValueError(f"format {data['format']!r} version {data['version']!r}; readable is {_FORMAT!r} {_VERSION}")
     return PruningPlan(
         removals=tuple(_removal(r) for r in data["removals"]),
         groups=tuple(GroupSummary(g["size"], g["kept"], tuple(g["places"])) for g in data["groups"]),
@@ -291,5 +298,3 @@ def _removal(data: dict[str, Any]) -> Removal:
     if not isinstance(name, str) or not all(isinstance(n, int) for n in (dim, size, *removed)):
         raise ValueError(f"a removal is malformed: {str(data)[:80]}")
     return Removal(name, dim, size, tuple(removed))
-
-

@@ -1,7 +1,8 @@
-"""The table of rules, and the walk that applies them: how each op relates the axes of its inputs to those of its outputs.
+"""The table of rules, and the walk that applies them: how ops relate the axes of inputs and outputs.
 
-A rule is a function `(analysis, node) -> axes of the output`. To add one, write it in the file of its family and add its
-row there; `tests/test_prune_rules.py` shows how to prove it with the oracle. An op without a row pins all it touches.
+A rule is a function `(analysis, node) -> axes of the output`. To add one, write it in the file of its family and add
+its row there; `tests/test_prune_rules.py` shows how to prove it with the oracle. An op without a row pins all it
+touches.
 """
 
 from __future__ import annotations

@@ -5,23 +5,23 @@ from __future__ import annotations
 from torch import fx
 
 from ..rewrite import argument
-from .analysis import Analysis, shape_of, sizes_of
+from .analysis import Analysis, rows, shape_of, sizes_of
 from .axes import Axes, Vector
 
 _UNARY = """
-abs acos acosh alias asin asinh atan atanh bernoulli bitwise_not ceil celu clamp clamp_max clamp_min clip clone contiguous
-cos cosh deg2rad detach dropout elu erf erfc exp exp2 expm1 feature_alpha_dropout alpha_dropout feature_dropout fill floor
-frac full_like gelu hardshrink hardsigmoid hardswish hardtanh isfinite isinf isnan leaky_relu lift_fresh_copy log log10
-log1p log2 log_sigmoid logical_not logit mish nan_to_num neg negative ones_like positive rad2deg rand_like randn_like
-reciprocal relu relu6 round rsqrt selu sgn sigmoid sign silu sin sinh softplus softshrink softsign special_erf sqrt square
-tan tanh tanhshrink threshold to trunc type_as zeros_like _to_copy
-""".split()
+abs acos acosh alias asin asinh atan atanh bitwise_not ceil celu clamp clamp_max clamp_min clip clone contiguous cos
+cosh deg2rad detach dropout elu erf erfc exp exp2 expm1 feature_alpha_dropout alpha_dropout feature_dropout fill floor
+frac full_like gelu hardshrink hardsigmoid hardswish hardtanh isfinite isinf isnan leaky_relu lift_fresh_copy log
+log10 log1p log2 log_sigmoid logical_not logit mish nan_to_num neg negative ones_like positive rad2deg reciprocal relu
+relu6 round rsqrt selu sgn sigmoid sign silu sin sinh softplus softshrink softsign special_erf sqrt square tan tanh
+tanhshrink threshold to trunc type_as zeros_like _to_copy
+"""
 _BINARY = """
-add addcdiv addcmul atan2 bitwise_and bitwise_or bitwise_xor copy div divide eq floor_divide fmax fmin fmod ge gt greater
-hypot le less lerp logaddexp logical_and logical_or logical_xor lt masked_fill maximum minimum mul multiply ne pow
-remainder rsub sub subtract true_divide where xlogy
-""".split()
-_CREATION = "full new_full new_ones new_zeros ones zeros".split()
+add addcdiv addcmul atan2 bitwise_and bitwise_or bitwise_xor copy div divide eq floor_divide fmax fmin fmod ge gt
+greater hypot le less lerp logaddexp logical_and logical_or logical_xor lt masked_fill maximum minimum mul multiply ne
+pow remainder rsub sub subtract true_divide where xlogy
+"""
+_CREATION = "full new_full new_ones new_zeros ones zeros"
 
 
 def elementwise(analysis: Analysis, node: fx.Node) -> Axes:
@@ -78,9 +78,9 @@ def glu(analysis: Analysis, node: fx.Node) -> Axes:
 
 
 ELEMENTWISE_RULES = {
-    **{f"aten.{name}": like_first for name in _UNARY},
-    **{f"aten.{name}": elementwise for name in _BINARY},
-    **{f"aten.{name}": create for name in _CREATION},
+    **rows(_UNARY, like_first),
+    **rows(_BINARY, elementwise),
+    **rows(_CREATION, create),
     "aten.prelu": prelu,
     "aten._prelu_kernel": elementwise,
     "aten.glu": glu,

@@ -1,11 +1,11 @@
-"""Rules of the layers that hold weights, and of the products of tensors: convolution, linear, matmul, norms, attention."""
+"""Rules of the layers that hold weights, and of products of tensors: convolution, linear, matmul, norms, attention."""
 
 from __future__ import annotations
 
 from torch import fx
 
 from ..rewrite import argument
-from .analysis import Analysis, op_name, shape_of
+from .analysis import Analysis, op_name, rows, shape_of
 from .axes import Axes, Vector
 from .rules_elementwise import broadcast
 
@@ -162,24 +162,14 @@ def _bias(analysis: Analysis, node: fx.Node, channels: Vector, name: str = "bias
 
 
 LAYER_RULES = {
-    "aten.conv1d": convolution,
-    "aten.conv2d": convolution,
-    "aten.conv3d": convolution,
-    "aten.conv_transpose1d": transposed_convolution,
-    "aten.conv_transpose2d": transposed_convolution,
-    "aten.conv_transpose3d": transposed_convolution,
-    "aten.linear": linear,
-    "aten.matmul": matmul,
-    "aten.mm": matmul,
-    "aten.bmm": matmul,
-    "aten.mv": matmul,
-    "aten.dot": matmul,
-    "aten.addmm": add_matmul,
-    "aten.baddbmm": add_matmul,
-    "aten.batch_norm": channel_norm,
-    "aten.instance_norm": channel_norm,
-    "aten.layer_norm": layer_norm,
-    "aten.group_norm": group_norm,
-    "aten.embedding": embedding,
-    "aten.scaled_dot_product_attention": attention,
+    **rows("conv1d conv2d conv3d", convolution),
+    **rows("conv_transpose1d conv_transpose2d conv_transpose3d", transposed_convolution),
+    **rows("linear", linear),
+    **rows("matmul mm bmm mv dot", matmul),
+    **rows("addmm baddbmm", add_matmul),
+    **rows("batch_norm instance_norm", channel_norm),
+    **rows("layer_norm", layer_norm),
+    **rows("group_norm", group_norm),
+    **rows("embedding", embedding),
+    **rows("scaled_dot_product_attention", attention),
 }

@@ -10,7 +10,7 @@ from torch import fx
 
 from ...frontend.program import get_attribute
 from ..rewrite import argument
-from .analysis import Analysis, IndexMap, concrete, op_name, shape_of
+from .analysis import Analysis, IndexMap, concrete, op_name, rows, shape_of
 from .axes import Axes, Vector
 
 
@@ -203,23 +203,18 @@ def _constant_indices(analysis: Analysis, node: Any, size: int) -> Vector | None
 
 
 MOVEMENT_RULES = {
-    "aten.cat": cat,
-    "aten.concat": cat,
-    "aten.stack": stack,
-    "aten.split": split,
-    "aten.split_with_sizes": split,
-    "aten.chunk": split,
-    "aten.tensor_split": split,
-    "aten.unbind": unbind,
     "getitem": getitem,
-    "aten.select": select,
-    "aten.slice": slice_,
-    "aten.narrow": narrow,
-    "aten.flip": flip,
-    "aten.roll": roll,
-    "aten.index_select": index_select,
-    "aten.index": index,
-    "aten.slice_scatter": slice_scatter,
-    "aten.constant_pad_nd": pad,
-    "aten.pad": pad,
+    **rows("cat concat concatenate", cat),
+    **rows("stack", stack),
+    **rows("split split_with_sizes chunk tensor_split", split),
+    **rows("unbind", unbind),
+    **rows("select", select),
+    **rows("slice", slice_),
+    **rows("narrow", narrow),
+    **rows("flip", flip),
+    **rows("roll", roll),
+    **rows("index_select", index_select),
+    **rows("index", index),
+    **rows("slice_scatter", slice_scatter),
+    **rows("constant_pad_nd pad", pad),
 }

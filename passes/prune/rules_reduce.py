@@ -7,7 +7,7 @@ from functools import partial
 from torch import fx
 
 from ..rewrite import argument
-from .analysis import Analysis, concrete, op_name
+from .analysis import Analysis, concrete, op_name, rows
 from .axes import Axes
 from .rules_layers import slide
 
@@ -77,30 +77,23 @@ def _first(analysis: Analysis, node: fx.Node) -> tuple[str, Axes]:
     return name, analysis.need(node, name)
 
 
-_SPATIAL = {
-    1: "avg_pool1d max_pool1d adaptive_avg_pool1d upsample_nearest1d upsample_linear1d reflection_pad1d replication_pad1d",
-    2: "avg_pool2d max_pool2d adaptive_avg_pool2d upsample_nearest2d upsample_bilinear2d upsample_bicubic2d "
-    "_upsample_bilinear2d_aa _upsample_bicubic2d_aa _upsample_nearest_exact2d reflection_pad2d replication_pad2d "
-    "_adaptive_avg_pool2d",
-    3: "avg_pool3d max_pool3d adaptive_avg_pool3d upsample_nearest3d upsample_trilinear3d reflection_pad3d "
-    "replication_pad3d",
-}
-_WITH_INDICES = {
-    1: "max_pool1d_with_indices adaptive_max_pool1d",
-    2: "max_pool2d_with_indices adaptive_max_pool2d",
-    3: "max_pool3d_with_indices adaptive_max_pool3d",
-}
+_SPATIAL_1D = """avg_pool1d max_pool1d adaptive_avg_pool1d upsample_nearest1d upsample_linear1d reflection_pad1d
+replication_pad1d"""
+_SPATIAL_2D = """avg_pool2d max_pool2d adaptive_avg_pool2d _adaptive_avg_pool2d upsample_nearest2d upsample_bilinear2d
+upsample_bicubic2d _upsample_bilinear2d_aa _upsample_bicubic2d_aa _upsample_nearest_exact2d reflection_pad2d
+replication_pad2d"""
+_SPATIAL_3D = """avg_pool3d max_pool3d adaptive_avg_pool3d upsample_nearest3d upsample_trilinear3d reflection_pad3d
+replication_pad3d"""
 
 REDUCE_RULES = {
-    "aten.sum": partial(reduce, neutral=True),
-    "aten.mean": partial(reduce, neutral=True),
-    **{
-        f"aten.{name}": partial(reduce, neutral=False)
-        for name in ("amax", "amin", "argmax", "argmin", "var", "std", "prod", "all", "any", "logsumexp")
-    },
-    "aten.linalg_vector_norm": vector_norm,
-    "aten.norm": vector_norm,
-    **{f"aten.{n}": along for n in ("softmax", "_softmax", "log_softmax", "softmin", "cumsum", "cumprod")},
-    **{f"aten.{name}": partial(spatial, count=k) for k, names in _SPATIAL.items() for name in names.split()},
-    **{f"aten.{n}": partial(pooling_with_indices, count=k) for k, names in _WITH_INDICES.items() for n in names.split()},
+    **rows("sum mean", partial(reduce, neutral=True)),
+    **rows("amax amin argmax argmin var std prod all any logsumexp", partial(reduce, neutral=False)),
+    **rows("linalg_vector_norm norm", vector_norm),
+    **rows("softmax _softmax log_softmax cumsum cumprod", along),
+    **rows(_SPATIAL_1D, partial(spatial, count=1)),
+    **rows(_SPATIAL_2D, partial(spatial, count=2)),
+    **rows(_SPATIAL_3D, partial(spatial, count=3)),
+    **rows("max_pool1d_with_indices adaptive_max_pool1d", partial(pooling_with_indices, count=1)),
+    **rows("max_pool2d_with_indices adaptive_max_pool2d", partial(pooling_with_indices, count=2)),
+    **rows("max_pool3d_with_indices adaptive_max_pool3d", partial(pooling_with_indices, count=3)),
 }

@@ -10,7 +10,7 @@ import torch
 from torch import fx
 
 from ..rewrite import argument
-from .analysis import Analysis, op_name, shape_of
+from .analysis import Analysis, op_name, rows, shape_of
 from .axes import Axes, Vector
 
 
@@ -164,20 +164,16 @@ def channel_shuffle(analysis: Analysis, node: fx.Node) -> Axes:
     return tuple(axes)
 
 
-_RESHAPES = "view reshape _unsafe_view flatten unflatten view_as reshape_as ravel"
-_PERMUTES = "permute transpose t movedim moveaxis swapaxes swapdims numpy_T mT matrix_H adjoint"
-
 SHAPE_RULES = {
-    **{f"aten.{name}": reshape for name in _RESHAPES.split()},
-    **{f"aten.{name}": permute for name in _PERMUTES.split()},
-    "aten.squeeze": squeeze,
-    "aten.unsqueeze": unsqueeze,
-    "aten.expand": expand,
-    "aten.expand_as": expand_as,
-    "aten.repeat": repeat,
-    "aten.tile": repeat,
-    "aten.repeat_interleave": repeat_interleave,
-    "aten.pixel_shuffle": pixel_shuffle,
-    "aten.pixel_unshuffle": pixel_unshuffle,
-    "aten.channel_shuffle": channel_shuffle,
+    **rows("view reshape _unsafe_view flatten unflatten view_as reshape_as ravel", reshape),
+    **rows("permute transpose t movedim moveaxis swapaxes swapdims numpy_T mT matrix_H adjoint", permute),
+    **rows("squeeze", squeeze),
+    **rows("unsqueeze", unsqueeze),
+    **rows("expand", expand),
+    **rows("expand_as", expand_as),
+    **rows("repeat tile", repeat),
+    **rows("repeat_interleave", repeat_interleave),
+    **rows("pixel_shuffle", pixel_shuffle),
+    **rows("pixel_unshuffle", pixel_unshuffle),
+    **rows("channel_shuffle", channel_shuffle),
 }

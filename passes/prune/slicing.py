@@ -20,7 +20,7 @@ from ...frontend.cost import concrete, op_name
 from ...frontend.program import get_attribute, source_of
 from ..rewrite import argument, aten, call_after, put_constant, set_argument
 from ..verify import refresh_values
-from .analysis import Analysis, flat_axes
+from .analysis import Analysis, flat_axes, rows
 from .axes import Axes, Vector
 from .rules_reduce import reduced_dims
 from .rules_shape import squeezed_dims
@@ -104,7 +104,7 @@ def _check_shapes(cut: Cut) -> None:
                     f"after pruning, {node.name} ({op_name(node)}) has shape {tuple(tensor.shape)} where "
                     f"{cut.sizes(axes)} was planned",
                     where=source_of(node),
-                    hint="this is a bug in fxpress: a literal that carries a size was not rewritten; exclude this layer",
+                    hint="this is a bug in fxpress: a size literal was not rewritten; exclude this layer",
                 )
 
 
@@ -224,23 +224,18 @@ def _rewrite_interleave(cut: Cut, node: fx.Node) -> None:
         node.kwargs = {**node.kwargs, "output_size": cut.size(axes[argument(node, "dim")])}
 
 
+_CONVOLUTIONS = "conv1d conv2d conv3d conv_transpose1d conv_transpose2d conv_transpose3d"
+
 REWRITES: dict[str, Callable[[Cut, fx.Node], None]] = {
-    **{
-        f"aten.{name}": _rewrite_sizes
-        for name in "view reshape _unsafe_view expand full new_full new_ones new_zeros ones zeros".split()
-    },
-    "aten.unflatten": _rewrite_unflatten,
-    **{f"aten.{name}": _rewrite_split for name in ("split", "split_with_sizes", "chunk", "tensor_split")},
-    **{f"aten.{name}": _rewrite_gather for name in ("slice", "narrow", "index_select", "index")},
-    "aten.roll": _rewrite_roll,
-    "aten.pad": _rewrite_pad,
-    "aten.constant_pad_nd": _rewrite_pad,
-    **{
-        f"aten.{name}": _rewrite_groups
-        for name in "conv1d conv2d conv3d conv_transpose1d conv_transpose2d conv_transpose3d group_norm channel_shuffle".split()
-    },
-    "aten.mean": _rewrite_mean,
-    "aten.scaled_dot_product_attention": _rewrite_attention,
-    "aten.squeeze": _rewrite_squeeze,
-    "aten.repeat_interleave": _rewrite_interleave,
+    **rows("view reshape _unsafe_view expand full new_full new_ones new_zeros ones zeros", _rewrite_sizes),
+    **rows("unflatten", _rewrite_unflatten),
+    **rows("split split_with_sizes chunk tensor_split", _rewrite_split),
+    **rows("slice narrow index_select index", _rewrite_gather),
+    **rows("roll", _rewrite_roll),
+    **rows("pad constant_pad_nd", _rewrite_pad),
+    **rows(f"{_CONVOLUTIONS} group_norm channel_shuffle", _rewrite_groups),
+    **rows("mean", _rewrite_mean),
+    **rows("scaled_dot_product_attention", _rewrite_attention),
+    **rows("squeeze", _rewrite_squeeze),
+    **rows("repeat_interleave", _rewrite_interleave),
 }
