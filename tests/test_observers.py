@@ -15,7 +15,7 @@ U8 = NumberFormat(torch.uint8)
 S8 = NumberFormat(torch.int8, symmetric=True, narrow=True)
 
 samples = st.lists(
-    st.lists(st.floats(-1e4, 1e4, width=32), min_size=4, max_size=4), min_size=1, max_size=12
+    st.lists(st.floats(-1e4, 1e4, width=32, allow_subnormal=False), min_size=4, max_size=4), min_size=1, max_size=12
 ).map(lambda rows: torch.tensor(rows, dtype=torch.float32))
 
 
@@ -76,7 +76,8 @@ def test_zero_is_exact_and_the_range_is_covered(a, b):
 
 
 def test_mse_clips_an_outlier_and_keeps_a_flat_range():
-    x = torch.cat([torch.rand(1, 1_000_000), torch.full((1, 1), 3.0)], 1)
+    x = torch.rand(100, 10_000)
+    x[0, 0] = 3.0
     assert observed("mse", [x]).params(U8).high < 1.5
     flat = torch.linspace(0, 1, 10_000)[None]
     assert observed("mse", [flat]).params(U8).high == pytest.approx(1.0, rel=0.02)
@@ -84,7 +85,7 @@ def test_mse_clips_an_outlier_and_keeps_a_flat_range():
 
 def test_mse_is_no_worse_than_minmax():
     torch.manual_seed(0)
-    for x in (torch.randn(1, 50_000), torch.randn(1, 50_000).relu(), torch.randn(1, 50_000).exp(), -torch.rand(1, 999)):
+    for x in (torch.randn(9, 9_000), torch.randn(9, 9_000).relu(), torch.randn(9, 9_000).exp(), -torch.rand(1, 999)):
         errors = {}
         for name in ("minmax", "mse"):
             p = observed(name, [x]).params(U8)

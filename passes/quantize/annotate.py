@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import torch
 from torch import fx
@@ -24,6 +24,7 @@ from ..rewrite import argument, aten, call_before, is_constant, replace
 from .spec import Row, Target
 
 KEY = "quantize"
+ABSORBED = "quantize_absorbed"  # on an activation whose work the quantization after it does
 
 
 @dataclass
@@ -36,7 +37,6 @@ class Annotation:
     row: Row
     operands: tuple[fx.Node, ...]
     output: fx.Node | None = None
-    absorbed: tuple[fx.Node, ...] = field(default=())
 
 
 def annotation(node: fx.Node) -> Annotation | None:
@@ -58,6 +58,7 @@ def clear_annotations(program: Program) -> None:
     """Forget what was decided."""
     for node in program.graph.nodes:
         node.meta.pop(KEY, None)
+        node.meta.pop(ABSORBED, None)
 
 
 # -- rule 0: other spellings ---------------------------------------------------------------------------------------
@@ -149,15 +150,17 @@ def _demote_unread(program: Program, target: Target, rows: dict[fx.Node, Row]) -
 
 
 def _annotation(node: fx.Node, row: Row, rows: dict[fx.Node, Row], target: Target) -> Annotation:
-    bearer, absorbed = node, ()
+    bearer = node
     reader = next(iter(node.users)) if len(node.users) == 1 else None
     if reader is not None and row.kind != "move" and str(reader.target) in target.absorbs and can_absorb(reader):
-        bearer, absorbed = reader, (reader,)
+        bearer = reader
     wanted = any(u in rows and bearer in operands_of(u, rows[u]) for u in bearer.users)
     keep_float = row.float_output and not wanted
     if keep_float:
         return Annotation(row, operands_of(node, row))
-    return Annotation(row, operands_of(node, row), bearer, absorbed)
+    if bearer is not node:
+        bearer.meta[ABSORBED] = True
+    return Annotation(row, operands_of(node, row), bearer)
 
 
 def can_absorb(activation: fx.Node) -> bool:

@@ -27,7 +27,7 @@ from ..rewrite import (
     replace,
     set_argument,
 )
-from .annotate import Annotation, annotation, clear_annotations, upper_bound
+from .annotate import ABSORBED, annotation, clear_annotations, upper_bound
 from .observe import Site, sites_of
 from .observers import best_bounds
 from .spec import NumberFormat, QuantParams, Target, choose_params
@@ -56,17 +56,17 @@ def fold_program(program: Program, target: Target, weight_ranges: str) -> int:
     layers = 0
     for node in list(program.graph.nodes):
         note = annotation(node)
-        if note is None:
-            continue
-        if note.row.kind == "layer":
-            _fold_layer(folding, node, note)
+        if note is not None and note.row.kind == "layer":
+            _fold_layer(folding, node)
             layers += 1
-        _drop_absorbed(folding, note)
+        elif node.meta.get(ABSORBED):
+            _drop_absorbed(folding, node)
     for node in observes:
         _fold_observer(node, params[node], on_integers=_is_move(node.args[0]))
     clear_annotations(program)
     del program.graph_module.meta["observers"]
     erase_dead(program)
+    program.graph_module.recompile()
     return layers
 
 
@@ -117,22 +117,19 @@ def _move_integers(node: fx.Node, params: QuantParams) -> None:
         set_argument(node, "value", params.zero_point)
 
 
-def _drop_absorbed(folding: _Folding, note: Annotation) -> None:
+def _drop_absorbed(folding: _Folding, activation: fx.Node) -> None:
     """Remove an activation whose work the quantization after it does: zero is its smallest number."""
-    for activation in note.absorbed:
-        observe = next(iter(activation.users))
-        params = folding.params[observe]
-        smallest = torch.iinfo(params.dtype).min
-        bound = upper_bound(activation)
-        if params.zero_point == smallest and (bound is None or params.high <= bound * (1 + 1e-6)):
-            replace(activation, activation.args[0])  # type: ignore[arg-type]
+    params = folding.params[next(iter(activation.users))]
+    smallest = torch.iinfo(params.dtype).min
+    bound = upper_bound(activation)
+    if params.zero_point == smallest and (bound is None or params.high <= bound * (1 + 1e-6)):
+        replace(activation, activation.args[0])  # type: ignore[arg-type]
 
 
 # -- weights -------------------------------------------------------------------------------------------------------
 
 
-def _fold_layer(folding: _Folding, node: fx.Node, note: Annotation) -> None:
-    (operand,) = note.operands
+def _fold_layer(folding: _Folding, node: fx.Node) -> None:
     observe = node.args[0]
     assert isinstance(observe, fx.Node)
     x_scale = folding.params[observe].scale

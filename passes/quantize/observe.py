@@ -28,7 +28,7 @@ class Site:
     """One observed tensor: its observer, or where its parameters come from instead.
 
     `shared` names another site with the same scale (moves), `fixed` gives known parameters, `bound` caps the range from
-    above and `floor` from below (an absorbed activation's own limits). `layer` is the name of the float node.
+    above (an absorbed activation's own limit). `layer` is the name of the float node.
     """
 
     key: int
@@ -36,7 +36,6 @@ class Site:
     observer: Observer | None = None
     shared: int | None = None
     fixed: QuantParams | None = None
-    floor: float | None = None
     bound: float | None = None
 
 
@@ -106,8 +105,8 @@ def _describe(site: Site, node: fx.Node) -> None:
         site.shared, site.observer = _key_before(node), None
     elif note.row.fixed is not None:
         site.fixed, site.observer = note.row.fixed, None
-    for activation in note.absorbed:
-        site.floor, site.bound = 0.0, upper_bound(activation)
+    if note.output is not None and note.output is not node:
+        site.bound = upper_bound(note.output)
 
 
 def _is_tensor(node: fx.Node) -> bool:

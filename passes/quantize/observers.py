@@ -5,6 +5,7 @@ samples were batched; `a.merge(b)` is what one observer would hold that saw the 
 
 `MinMax`          smallest and largest value.
 `MovingAverage`   of each sample's smallest and largest value, decaying per sample (not per batch), bias-corrected.
+`Candidates`      all of them side by side, of which one is chosen later by measuring.
 `Histogram`       counts on a dyadic grid: bin width 2^k, edges at multiples of it. When the range outgrows the bins, k
                   rises and neighbours are added, so the counts depend only on which values came, not on their order.
 """
@@ -64,7 +65,7 @@ class MovingAverage:
 
     def observe(self, x: torch.Tensor) -> None:
         flat = x.reshape(x.shape[0], -1) if x.ndim else x.reshape(1, 1)
-        lows, highs = torch.aminmax(flat.double(), dim=1)
+        lows, highs = (v.double() for v in torch.aminmax(flat, dim=1))
         ages = torch.arange(len(flat) - 1, -1, -1, dtype=torch.float64)
         weights = (1 - self.decay) * self.decay**ages
         self._append(float(lows @ weights), float(highs @ weights), len(flat))
@@ -101,7 +102,8 @@ class Histogram:
         self.low, self.high = min(self.low, low), max(self.high, high)
         self._make_room(low, high)
         assert self.exponent is not None
-        index = torch.floor(x.reshape(-1).float() * 2.0**-self.exponent).to(torch.int64) - self.first
+        x = _thinned(x)
+        index = torch.floor(x * 2.0**-self.exponent).to(torch.int64) - self.first
         self.counts += torch.bincount(index, minlength=len(self.counts))
         zeros = x.numel() - int(torch.count_nonzero(x))
         self.zeros += zeros
@@ -151,6 +153,22 @@ class Histogram:
         if before or after:
             self.counts = torch.nn.functional.pad(self.counts, (before, after))
             self.first -= before
+
+
+_PER_SAMPLE = 1 << 15
+
+
+def _thinned(x: torch.Tensor) -> torch.Tensor:
+    """At most about 2^15 values of each sample [N, ...], evenly spread, as a flat float32 tensor.
+
+    The step depends on the shape alone, so batching still does not matter. It shares no factor with the sizes, so that
+    all channels and places are met. (The smallest and largest value are taken from all values.)
+    """
+    flat = x.reshape(x.shape[0], -1) if x.ndim else x.reshape(1, 1)
+    step = -(-flat.shape[1] // _PER_SAMPLE)
+    while step > 1 and math.gcd(step, flat.shape[1]) > 1:
+        step += 1
+    return flat[:, ::step].reshape(-1).float()
 
 
 def _finest_exponent(low: float, high: float, bins: int) -> int:
@@ -242,13 +260,38 @@ def best_bounds(rows: torch.Tensor, form: NumberFormat, candidates: int = 21) ->
     return best
 
 
-OBSERVERS = {"minmax": MinMax, "moving-average": MovingAverage, "mse": Histogram}
+OBSERVERS: dict[str, type[MinMax] | type[MovingAverage] | type[Histogram]] = {
+    "minmax": MinMax,
+    "moving-average": MovingAverage,
+    "mse": Histogram,
+}
+
+
+@dataclass
+class Candidates:
+    """One observer of each kind side by side; `chosen` names the one that counts."""
+
+    observers: dict[str, Observer] = field(default_factory=lambda: {name: make() for name, make in OBSERVERS.items()})
+    chosen: str = "mse"
+
+    def observe(self, x: torch.Tensor) -> None:
+        for observer in self.observers.values():
+            observer.observe(x)
+
+    def merge(self, other: Candidates) -> None:
+        for name, observer in self.observers.items():
+            observer.merge(other.observers[name])
+
+    def params(self, form: NumberFormat) -> QuantParams:
+        return self.observers[self.chosen].params(form)
 
 
 def make_observer(ranges: str) -> Observer:
     """A fresh observer by the name of its range rule. Raises OptionError for an unknown name."""
+    if ranges == "auto":
+        return Candidates()
     if ranges not in OBSERVERS:
-        raise OptionError(f"unknown range rule {ranges!r}", hint=f"choose one of {', '.join(OBSERVERS)}")
+        raise OptionError(f"unknown range rule {ranges!r}", hint=f"choose one of auto, {', '.join(OBSERVERS)}")
     return OBSERVERS[ranges]()
 
 

@@ -14,9 +14,10 @@ from ..base import INTERFACE, VALUES, Change, Context, Pass, register_pass
 from .annotate import annotate_program
 from .fold import fold_program
 from .observe import calibrate_program, insert_observers
+from .select import choose_ranges
 from .spec import Target
 
-Ranges = Literal["minmax", "moving-average", "mse"]
+Ranges = Literal["auto", "minmax", "moving-average", "mse"]
 WeightRanges = Literal["minmax", "mse"]
 
 
@@ -47,7 +48,7 @@ class Observe(Pass):
     name = "observe"
     preserves = frozenset({VALUES, INTERFACE})
 
-    ranges: Ranges = "mse"
+    ranges: Ranges = "auto"
 
     def run(self, program: Program, context: Context) -> Change:
         return Change(insert_observers(program, self.ranges))
@@ -77,7 +78,8 @@ class Fold(Pass):
     weights: WeightRanges = "minmax"
 
     def run(self, program: Program, context: Context) -> Change:
-        return Change(fold_program(program, _target(context), self.weights))
+        notes = choose_ranges(program, _target(context), self.weights, context)
+        return Change(fold_program(program, _target(context), self.weights), notes)
 
 
 @register_pass
@@ -88,7 +90,7 @@ class Quantize(Pass):
     name = "quantize"
     preserves = frozenset({INTERFACE})
 
-    ranges: Ranges = "mse"
+    ranges: Ranges = "auto"
     weights: WeightRanges = "minmax"
 
     def run(self, program: Program, context: Context) -> Change:
