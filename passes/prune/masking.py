@@ -6,8 +6,11 @@ and weights stay as they are, and each operand that a node contracts is multipli
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import fx
+from torch.utils import _pytree as pytree
 
 from ...errors import VerificationError
 from ...frontend.program import Program
@@ -50,7 +53,7 @@ def oracle_error(
     """
     generator = torch.Generator().manual_seed(seed)
     leaves = inputs or tuple(_random_like(x, generator) for x in masked.example_inputs)
-    expected, got = _double(masked).run_flat(leaves), _double(pruned).run_flat(leaves)
+    expected, got = in_double(masked).run_flat(leaves), in_double(pruned).run_flat(leaves)
     for tensor in expected:
         if tensor.is_floating_point() and tensor.numel() > 1 and not tensor.std() > 0:
             raise VerificationError(
@@ -66,7 +69,17 @@ def _random_like(leaf: object, generator: torch.Generator) -> object:
     return leaf
 
 
-def _double(program: Program) -> Program:
+def in_double(program: Program) -> Program:
+    """A copy that computes in float64: weights, and dtype literals that ask for float32."""
     copy = program.copy()
     copy.graph_module.double()
+    for node in copy.graph.nodes:
+        if node.op == "call_function":
+            node.args = pytree.tree_map(_widened, node.args)
+            node.kwargs = pytree.tree_map(_widened, dict(node.kwargs))
+    copy.graph_module.recompile()
     return copy
+
+
+def _widened(value: Any) -> Any:
+    return torch.float64 if value is torch.float32 else value

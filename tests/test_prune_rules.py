@@ -1,0 +1,533 @@
+"""Each rule against the oracle: a tiny network per op or trick, pruned by half, must equal its masked original.
+
+Every probe names the parameter dimensions that must really have shrunk, so that pinning everything would fail, and three
+independent programs are compared in float64: the pruned one, the one masked at its consumers, and the original with all
+removed weights set to zero (which knows nothing of masks).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+import fxpress
+from fxpress.frontend.cost import count_macs
+from fxpress.passes.prune.groups import coverage
+from fxpress.passes.prune.masking import in_double, oracle_error
+from fxpress.passes.prune.plan import PruningPlan, plan_pruning
+from fxpress.passes.prune.rules import analyze
+from fxpress.passes.verify import relative_difference
+
+Probe = tuple[nn.Module, tuple[int, ...], tuple[str, ...]]
+PROBES: dict[str, Callable[[], Probe]] = {}
+
+
+class Net(nn.Module):
+    """Modules and parameters by name, and a forward given as a function of the net and its input."""
+
+    def __init__(self, forward: Callable[[Net, torch.Tensor], torch.Tensor], **parts: nn.Module | torch.Tensor) -> None:
+        super().__init__()
+        self._function = forward
+        for name, part in parts.items():
+            if isinstance(part, nn.Parameter | nn.Module):
+                setattr(self, name, part)
+            else:
+                self.register_buffer(name, part)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self._function(self, x)
+
+
+def probe(function: Callable[[], Probe]) -> Callable[[], Probe]:
+    PROBES[function.__name__] = function
+    return function
+
+
+def conv(inputs: int, outputs: int, kernel: int = 3, **options: object) -> nn.Conv2d:
+    return nn.Conv2d(inputs, outputs, kernel, padding=kernel // 2, **options)  # type: ignore[arg-type]
+
+
+IMAGE = (2, 3, 8, 8)
+
+
+def between(forward: Callable[[torch.Tensor], torch.Tensor], middle: int, last: int) -> Probe:
+    """conv a -> movement of channels -> conv b."""
+    net = Net(lambda n, x: n.b(forward(F.relu(n.a(x)))), a=conv(3, middle), b=conv(last, 4))
+    return net, IMAGE, ("a.weight[0]", "a.bias[0]", "b.weight[1]")
+
+
+@probe
+def plain() -> Probe:
+    return between(lambda x: x, 16, 16)
+
+
+@probe
+def strided_slice() -> Probe:
+    return between(lambda x: x[:, ::2], 16, 8)
+
+
+@probe
+def inner_slice() -> Probe:
+    return between(lambda x: x[:, 3:13], 16, 10)
+
+
+@probe
+def flip() -> Probe:
+    return between(lambda x: x.flip(1), 16, 16)
+
+
+@probe
+def roll() -> Probe:
+    return between(lambda x: x.roll(3, 1), 16, 16)
+
+
+@probe
+def roll_and_residual() -> Probe:
+    return between(lambda x: x + x.roll(4, 1), 16, 16)
+
+
+@probe
+def gather() -> Probe:
+    order = torch.tensor([5, 1, 1, 0, 7, 2, 6, 15, 3])
+    net = Net(lambda n, x: n.b(F.relu(n.a(x))[:, n.order]), a=conv(3, 16), b=conv(9, 4), order=order)
+    return net, IMAGE, ("a.weight[0]", "b.weight[1]")
+
+
+@probe
+def index_select() -> Probe:
+    order = torch.randperm(16, generator=torch.Generator().manual_seed(0))
+    net = Net(lambda n, x: n.b(F.relu(n.a(x)).index_select(1, n.order)), a=conv(3, 16), b=conv(16, 4), order=order)
+    return net, IMAGE, ("a.weight[0]", "b.weight[1]")
+
+
+@probe
+def channel_shuffle_by_view() -> Probe:
+    return between(lambda x: x.view(-1, 4, 4, 8, 8).transpose(1, 2).reshape(-1, 16, 8, 8), 16, 16)
+
+
+@probe
+def channel_shuffle_op() -> Probe:
+    return between(lambda x: F.channel_shuffle(x, 4), 16, 16)
+
+
+@probe
+def shuffle_of_concat() -> Probe:
+    def forward(n: Net, x: torch.Tensor) -> torch.Tensor:
+        x = F.relu(n.a(x))
+        for block in (n.b1, n.b2, n.b3):
+            left, right = x.chunk(2, 1)
+            x = torch.cat([left, F.relu(block(right))], 1)
+            x = x.view(-1, 2, 8, 8, 8).transpose(1, 2).reshape(-1, 16, 8, 8)
+        return n.c(x)
+
+    net = Net(forward, a=conv(3, 16), b1=conv(8, 8), b2=conv(8, 8), b3=conv(8, 8), c=conv(16, 4))
+    return net, IMAGE, ("a.weight[0]", "b1.weight[1]", "b3.weight[0]", "c.weight[1]")
+
+
+@probe
+def flatten_nchw() -> Probe:
+    net = Net(lambda n, x: n.b(F.relu(n.a(x)).flatten(1)), a=conv(3, 8), b=nn.Linear(8 * 64, 5))
+    return net, IMAGE, ("a.weight[0]", "b.weight[1]")
+
+
+@probe
+def flatten_nhwc() -> Probe:
+    net = Net(lambda n, x: n.b(F.relu(n.a(x)).permute(0, 2, 3, 1).flatten(1)), a=conv(3, 8), b=nn.Linear(8 * 64, 5))
+    return net, IMAGE, ("a.weight[0]", "b.weight[1]")
+
+
+@probe
+def c2f() -> Probe:
+    def forward(n: Net, x: torch.Tensor) -> torch.Tensor:
+        parts = list(F.silu(n.a(x)).chunk(2, 1))
+        parts += [F.silu(n.m1(parts[-1]))]
+        parts += [F.silu(n.m2(parts[-1]))]
+        return n.b(torch.cat(parts, 1))
+
+    net = Net(forward, a=conv(3, 16, 1), m1=conv(8, 8), m2=conv(8, 8), b=conv(32, 4, 1))
+    return net, IMAGE, ("a.weight[0]", "m1.weight[0]", "m1.weight[1]", "m2.weight[1]", "b.weight[1]")
+
+
+@probe
+def uneven_split() -> Probe:
+    def forward(n: Net, x: torch.Tensor) -> torch.Tensor:
+        one, two, three = F.relu(n.a(x)).split([5, 8, 3], 1)
+        return n.b(one) + n.c(two) * n.d(three)
+
+    net = Net(forward, a=conv(3, 16), b=conv(5, 4), c=conv(8, 4), d=conv(3, 4))
+    return net, IMAGE, ("a.weight[0]", "b.weight[1]", "c.weight[1]", "d.weight[1]", "d.weight[0]")[:4]
+
+
+@probe
+def chunk_into_unequal_parts() -> Probe:
+    def forward(n: Net, x: torch.Tensor) -> torch.Tensor:
+        one, two, three = F.relu(n.a(x)).chunk(3, 1)  # 6, 6, 4
+        return n.b(one + two) + n.c(three)
+
+    net = Net(forward, a=conv(3, 16), b=conv(6, 4), c=conv(4, 4))
+    return net, IMAGE, ("a.weight[0]", "b.weight[1]", "c.weight[1]")
+
+
+@probe
+def pixel_shuffle() -> Probe:
+    return between(lambda x: F.pixel_shuffle(x, 2), 32, 8)
+
+
+@probe
+def pixel_unshuffle() -> Probe:
+    return between(lambda x: F.pixel_unshuffle(x, 2), 8, 32)
+
+
+@probe
+def patch_merge() -> Probe:
+    """Swin: four pixels become channels."""
+
+    def forward(n: Net, x: torch.Tensor) -> torch.Tensor:
+        x = F.relu(n.a(x)).permute(0, 2, 3, 1)
+        x = torch.cat([x[:, i::2, j::2] for j in (0, 1) for i in (0, 1)], -1)
+        return n.b(x)
+
+    return Net(forward, a=conv(3, 8), b=nn.Linear(32, 6)), IMAGE, ("a.weight[0]", "b.weight[1]")
+
+
+@probe
+def padded_shortcut() -> Probe:
+    """Option A of CIFAR ResNets."""
+
+    def forward(n: Net, x: torch.Tensor) -> torch.Tensor:
+        x = F.relu(n.a(x))
+        x = F.relu(n.b(x) + F.pad(x[:, :, ::2, ::2], (0, 0, 0, 0, 4, 4)))
+        return n.c(x)
+
+    net = Net(forward, a=conv(3, 8), b=conv(8, 16, stride=2), c=conv(16, 4))
+    return net, IMAGE, ("a.weight[0]", "b.weight[0]", "b.weight[1]", "c.weight[1]")
+
+
+@probe
+def grouped() -> Probe:
+    net = Net(lambda n, x: n.c(F.relu(n.b(F.relu(n.a(x))))), a=conv(3, 16), b=conv(16, 24, groups=4), c=conv(24, 4))
+    return net, IMAGE, ("a.weight[0]", "b.weight[0]", "b.weight[1]", "c.weight[1]")
+
+
+@probe
+def depthwise_with_multiplier() -> Probe:
+    net = Net(lambda n, x: n.c(F.relu(n.b(F.relu(n.a(x))))), a=conv(3, 8), b=conv(8, 24, groups=8), c=conv(24, 4))
+    return net, IMAGE, ("a.weight[0]", "b.weight[0]", "c.weight[1]")
+
+
+@probe
+def group_counts_that_cross() -> Probe:
+    """Groups of 2 and of 3 on one residual stream of 12: only the common refinement (2, 3, 2) is left."""
+
+    def forward(n: Net, x: torch.Tensor) -> torch.Tensor:
+        x = F.relu(n.a(x))
+        x = x + F.relu(n.b(x))
+        x = x + F.relu(n.c(x))
+        return n.d(x)
+
+    net = Net(forward, a=conv(3, 24), b=conv(24, 24, groups=2), c=conv(24, 24, groups=6), d=conv(24, 4))
+    return net, IMAGE, ("a.weight[0]", "b.weight[1]", "c.weight[0]", "d.weight[1]")
+
+
+@probe
+def transposed() -> Probe:
+    net = Net(lambda n, x: n.b(F.relu(n.a(x))), a=nn.ConvTranspose2d(3, 16, 2, 2), b=nn.ConvTranspose2d(16, 4, 3))
+    return net, IMAGE, ("a.weight[1]", "a.bias[0]", "b.weight[0]")
+
+
+@probe
+def grouped_transposed() -> Probe:
+    net = Net(
+        lambda n, x: n.c(F.relu(n.b(F.relu(n.a(x))))),
+        a=conv(3, 16),
+        b=nn.ConvTranspose2d(16, 24, 2, 2, groups=4),
+        c=conv(24, 4),
+    )
+    return net, IMAGE, ("a.weight[0]", "b.weight[0]", "b.weight[1]", "c.weight[1]")
+
+
+@probe
+def squeeze_excite() -> Probe:
+    def forward(n: Net, x: torch.Tensor) -> torch.Tensor:
+        x = F.relu(n.a(x))
+        gate = torch.sigmoid(n.expand(F.relu(n.reduce(F.adaptive_avg_pool2d(x, 1)))))
+        return n.b(x * gate)
+
+    net = Net(forward, a=conv(3, 16), reduce=conv(16, 8, 1), expand=conv(8, 16, 1), b=conv(16, 4))
+    return net, IMAGE, ("a.weight[0]", "reduce.weight[0]", "expand.weight[0]", "b.weight[1]")
+
+
+@probe
+def squeeze_excite_by_linear() -> Probe:
+    def forward(n: Net, x: torch.Tensor) -> torch.Tensor:
+        x = F.relu(n.a(x))
+        gate = torch.sigmoid(n.expand(F.relu(n.reduce(x.mean((2, 3)).squeeze()))))
+        return n.b(x * gate.view(x.shape[0], 16, 1, 1).expand_as(x))
+
+    net = Net(forward, a=conv(3, 16), reduce=nn.Linear(16, 8), expand=nn.Linear(8, 16), b=conv(16, 4))
+    return net, (3, 3, 8, 8), ("a.weight[0]", "reduce.weight[0]", "expand.weight[0]", "b.weight[1]")
+
+
+@probe
+def one_conv_used_twice() -> Probe:
+    net = Net(lambda n, x: n.c(n.b(F.relu(n.b(F.relu(n.a(x)))))), a=conv(3, 16), b=conv(16, 16), c=conv(16, 4))
+    return net, IMAGE, ("a.weight[0]", "b.weight[0]", "b.weight[1]", "c.weight[1]")
+
+
+@probe
+def tied_weights() -> Probe:
+    net = Net(lambda n, x: F.linear(F.relu(n.a(x)), n.a.weight.t()), a=nn.Linear(12, 24))
+    return net, (2, 12), ("a.weight[0]", "a.bias[0]")
+
+
+@probe
+def bare_parameter() -> Probe:
+    weight = nn.Parameter(torch.zeros(16, 3, 3, 3))
+    net = Net(lambda n, x: n.b(F.relu(F.conv2d(x, n.w) + n.shift)), w=weight, shift=nn.Parameter(torch.zeros(16, 1, 1)), b=conv(16, 4))
+    return net, IMAGE, ("w[0]", "shift[0]", "b.weight[1]")
+
+
+@probe
+def conv1d() -> Probe:
+    net = Net(lambda n, x: n.b(F.relu(n.a(x))), a=nn.Conv1d(3, 16, 3), b=nn.Conv1d(16, 4, 3))
+    return net, (2, 3, 20), ("a.weight[0]", "b.weight[1]")
+
+
+@probe
+def conv3d() -> Probe:
+    net = Net(lambda n, x: n.b(F.relu(n.n(n.a(x)))), a=nn.Conv3d(3, 16, 3), n=nn.BatchNorm3d(16), b=nn.Conv3d(16, 4, 3))
+    return net, (2, 3, 6, 6, 6), ("a.weight[0]", "n.weight[0]", "n.running_var[0]", "b.weight[1]")
+
+
+@probe
+def channel_parameters() -> Probe:
+    """Layer scale, PReLU with one slope a channel, a learned bias."""
+
+    def forward(n: Net, x: torch.Tensor) -> torch.Tensor:
+        return n.b(n.act(n.a(x)) * n.scale.view(1, -1, 1, 1) + n.shift[:, None, None])
+
+    parts = {"scale": nn.Parameter(torch.zeros(16)), "shift": nn.Parameter(torch.zeros(16)), "act": nn.PReLU(16)}
+    return Net(forward, a=conv(3, 16), b=conv(16, 4), **parts), IMAGE, ("a.weight[0]", "scale[0]", "shift[0]", "act.weight[0]")
+
+
+@probe
+def instance_norm() -> Probe:
+    net = Net(lambda n, x: n.b(n.n(n.a(x))), a=conv(3, 16), n=nn.InstanceNorm2d(16, affine=True), b=conv(16, 4))
+    return net, IMAGE, ("a.weight[0]", "n.weight[0]", "b.weight[1]")
+
+
+@probe
+def group_norm() -> Probe:
+    """Whole groups go, with the statistics of the others untouched."""
+    net = Net(lambda n, x: n.b(n.n(n.a(x))), a=conv(3, 16), n=nn.GroupNorm(4, 16), b=conv(16, 4))
+    return net, IMAGE, ("a.weight[0]", "n.weight[0]", "b.weight[1]")
+
+
+@probe
+def layer_norm_beside() -> Probe:
+    """The normalized stream stays, the hidden layer goes."""
+
+    def forward(n: Net, x: torch.Tensor) -> torch.Tensor:
+        return n.o(x + n.down(F.gelu(n.up(n.n(x)))))
+
+    net = Net(forward, n=nn.LayerNorm(12), up=nn.Linear(12, 32), down=nn.Linear(32, 12), o=nn.Linear(12, 4))
+    return net, (2, 7, 12), ("up.weight[0]", "down.weight[1]")
+
+
+@probe
+def token_mixing() -> Probe:
+    def forward(n: Net, x: torch.Tensor) -> torch.Tensor:
+        x = F.relu(n.a(x)).flatten(2)  # [b, channels, tokens]
+        x = x + n.down(F.gelu(n.up(x)))
+        return n.o(x.transpose(1, 2))
+
+    net = Net(forward, a=conv(3, 16), up=nn.Linear(64, 24), down=nn.Linear(24, 64), o=nn.Linear(16, 4))
+    return net, IMAGE, ("a.weight[0]", "up.weight[0]", "down.weight[1]", "o.weight[1]")
+
+
+def attend(n: Net, x: torch.Tensor, heads: int, fused: bool) -> torch.Tensor:
+    q, k, v = n.qkv(x).view(x.shape[0], -1, 3, heads, 6).permute(2, 0, 3, 1, 4).unbind(0)
+    if fused:
+        y = F.scaled_dot_product_attention(q, k, v)
+    else:
+        y = torch.softmax(q @ k.transpose(-2, -1) * 6**-0.5, -1) @ v
+    return n.o(y.transpose(1, 2).reshape(x.shape[0], -1, heads * 6))
+
+
+@probe
+def attention_by_matmul() -> Probe:
+    net = Net(lambda n, x: attend(n, x, 4, False), qkv=nn.Linear(10, 72), o=nn.Linear(24, 5))
+    return net, (2, 7, 10), ("qkv.weight[0]", "qkv.bias[0]", "o.weight[1]")
+
+
+@probe
+def attention_fused() -> Probe:
+    net = Net(lambda n, x: attend(n, x, 4, True), qkv=nn.Linear(10, 72), o=nn.Linear(24, 5))
+    return net, (2, 7, 10), ("qkv.weight[0]", "o.weight[1]")
+
+
+@probe
+def grouped_query_attention() -> Probe:
+    """Two heads of keys and values serve eight of queries."""
+
+    def forward(n: Net, x: torch.Tensor) -> torch.Tensor:
+        q = n.q(x).view(x.shape[0], -1, 8, 6).transpose(1, 2)
+        k, v = (p(x).view(x.shape[0], -1, 2, 6).transpose(1, 2) for p in (n.k, n.v))
+        k, v = (t[:, :, None].expand(-1, -1, 4, -1, -1).reshape(x.shape[0], 8, -1, 6) for t in (k, v))
+        y = F.scaled_dot_product_attention(q, k, v, is_causal=True)
+        return n.o(y.transpose(1, 2).flatten(2))
+
+    net = Net(forward, q=nn.Linear(10, 48), k=nn.Linear(10, 12), v=nn.Linear(10, 12), o=nn.Linear(48, 5))
+    return net, (2, 7, 10), ("q.weight[0]", "k.weight[0]", "v.weight[0]", "o.weight[1]")
+
+
+@probe
+def mean_over_channels() -> Probe:
+    """CBAM's spatial attention: the mean keeps its original count."""
+    net = Net(lambda n, x: n.b(n.a(x).mean(1, keepdim=True)), a=conv(3, 16), b=conv(1, 4))
+    return net, IMAGE, ("a.weight[0]",)
+
+
+@probe
+def sum_over_channels() -> Probe:
+    net = Net(lambda n, x: n.b(F.relu(n.a(x)).sum(1, keepdim=True)), a=conv(3, 16), b=conv(1, 4))
+    return net, IMAGE, ("a.weight[0]",)
+
+
+@probe
+def normalized_features() -> Probe:
+    net = Net(lambda n, x: n.b(F.normalize(n.a(x), dim=-1)), a=nn.Linear(6, 16), b=nn.Linear(16, 4))
+    return net, (2, 6), ("a.weight[0]", "b.weight[1]")
+
+
+@probe
+def maximum_beside() -> Probe:
+    """A maximum over channels keeps them; what comes before may go."""
+    net = Net(
+        lambda n, x: n.b(n.c(F.relu(n.a(x))).amax(1, keepdim=True)), a=conv(3, 16), c=conv(16, 8), b=conv(1, 4)
+    )
+    return net, IMAGE, ("a.weight[0]", "c.weight[1]")
+
+
+@probe
+def gated_linear_unit() -> Probe:
+    return between(lambda x: F.glu(x, 1), 32, 16)
+
+
+@probe
+def matmul_with_parameter() -> Probe:
+    net = Net(lambda n, x: torch.addmm(n.c, F.relu(x @ n.w), n.v), w=nn.Parameter(torch.zeros(6, 16)), v=nn.Parameter(torch.zeros(16, 5)), c=nn.Parameter(torch.zeros(5)))
+    return net, (2, 6), ("w[1]", "v[0]")
+
+
+@probe
+def repeated_channels() -> Probe:
+    return between(lambda x: torch.cat([x.repeat(1, 2, 1, 1), x.repeat_interleave(2, 1)], 1), 8, 32)
+
+
+@probe
+def stack_and_sum() -> Probe:
+    net = Net(lambda n, x: n.d(torch.stack([n.a(x), n.b(x)], 1).sum(1)), a=conv(3, 16), b=conv(3, 16), d=conv(16, 4))
+    return net, IMAGE, ("a.weight[0]", "b.weight[0]", "d.weight[1]")
+
+
+@probe
+def upsample_and_concat() -> Probe:
+    def forward(n: Net, x: torch.Tensor) -> torch.Tensor:
+        small = F.relu(n.b(F.max_pool2d(F.relu(n.a(x)), 2)))
+        return n.c(torch.cat([F.interpolate(small, scale_factor=2.0, mode="bilinear"), x], 1))
+
+    return Net(forward, a=conv(3, 16), b=conv(16, 8), c=conv(11, 4)), IMAGE, ("a.weight[0]", "b.weight[0]", "c.weight[1]")
+
+
+@probe
+def unknown_op_beside() -> Probe:
+    """What an op without a rule touches stays; the rest is pruned."""
+    net = Net(
+        lambda n, x: n.c(F.relu(n.b(torch.special.i0e(n.a(x))))), a=conv(3, 16), b=conv(16, 16), c=conv(16, 4)
+    )
+    return net, IMAGE, ("b.weight[0]", "c.weight[1]")
+
+
+@probe
+def recurrent_beside() -> Probe:
+    net = Net(lambda n, x: n.o(F.relu(n.h(n.rnn(x)[0]))), rnn=nn.LSTM(6, 8, batch_first=True), h=nn.Linear(8, 16), o=nn.Linear(16, 4))
+    return net, (2, 5, 6), ("h.weight[0]", "o.weight[1]")
+
+
+@probe
+def pyramid_of_heads() -> Probe:
+    """A view(h, -1) and a mean over the heads' features."""
+    net = Net(lambda n, x: n.o(n.a(x).view(x.shape[0], 4, -1).mean(1)), a=nn.Linear(6, 32), o=nn.Linear(8, 4))
+    return net, (2, 6), ("a.weight[0]", "o.weight[1]")
+
+
+# -- the proof ----------------------------------------------------------------------------------------------------
+
+
+def redraw(module: nn.Module) -> None:
+    generator = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for p in module.parameters():
+            p.copy_(torch.randn(p.shape, generator=generator) * 0.5 + 0.1)
+        for name, b in module.named_buffers():
+            if name.endswith(("running_mean", "running_var")):
+                b.copy_(torch.rand(b.shape, generator=generator) + 0.5)
+
+
+def with_zero_weights(program: fxpress.Program, plan: PruningPlan) -> fxpress.Program:
+    """The original with every removed slice of every parameter and buffer set to zero."""
+    copy = program.copy()
+    tensors = copy.state_dict()
+    for r in plan.removals:
+        tensors[r.name].index_fill_(r.dim, torch.tensor(r.removed), 0.0)
+    return copy
+
+
+def double_outputs(program: fxpress.Program, x: torch.Tensor) -> torch.Tensor:
+    return in_double(program).run_flat((x.double(),))[0]
+
+
+# The zero-weight oracle needs removed positions that are zero when they are reduced without a weight.
+NOT_ZERO_PRESERVING = {"grouped_query_attention"}
+
+
+@pytest.mark.parametrize("name", PROBES)
+def test_pruned_equals_masked(name: str) -> None:
+    module, shape, shrunk = PROBES[name]()
+    module.eval()
+    redraw(module)
+    program = fxpress.capture(module, (torch.randn(shape, generator=torch.Generator().manual_seed(0)),))
+    plan = plan_pruning(program, ratio=0.5)
+    before = {n: tuple(t.shape) for n, t in program.state_dict().items()}
+    pruned, masked, zeroed = plan.apply(program), plan.mask(program), with_zero_weights(program, plan)
+    after = {n: tuple(t.shape) for n, t in pruned.state_dict().items()}
+
+    for place in shrunk:
+        parameter, dim = place[:-1].split("[")
+        assert after[parameter][int(dim)] < before[parameter][int(dim)], f"{place} was not pruned"
+    assert {n: tuple(t.shape) for n, t in program.state_dict().items()} == before
+    assert oracle_error(masked, pruned) <= 1e-9
+    assert count_macs(pruned) == plan.macs[1] < plan.macs[0] == count_macs(program)
+    assert pruned.parameter_count == plan.parameters[1]
+    for batch in (1, 2, 5):
+        x = torch.randn((batch, *shape[1:]), generator=torch.Generator().manual_seed(batch))
+        expected = double_outputs(masked, x)
+        assert expected.std() > 0
+        assert relative_difference(double_outputs(pruned, x), expected) <= 1e-9
+        assert relative_difference(double_outputs(zeroed, x), expected) <= 1e-9 or name in NOT_ZERO_PRESERVING
+        # The mask takes something away: agreement with it is not empty.
+        assert relative_difference(double_outputs(program, x), expected) > 1e-3
+
+
+@pytest.mark.parametrize("name", PROBES)
+def test_every_parameter_is_in_a_group_or_pinned_with_a_reason(name: str) -> None:
+    module, shape, _ = PROBES[name]()
+    analysis = analyze(fxpress.capture(module.eval(), (torch.randn(shape),)))
+    found = coverage(analysis)
+    assert found.unexplained == 0
+    assert found.grouped + found.pinned == sum(p.numel() for p in module.parameters())
