@@ -9,7 +9,7 @@ from .cli_compile import resolve_example, resolve_source
 from .cli_screen import emit_json, say, show_report, show_table
 from .errors import OptionError, did_you_mean
 from .runtime.artifact import read_report
-from .runtime.report.words import count, number, pinned_kinds, size
+from .runtime.report.words import count, decibel, number, pinned_kinds, size
 
 if TYPE_CHECKING:
     from .frontend.program import Program
@@ -30,9 +30,10 @@ def inspect_artifact(folder: Path, as_json: bool) -> int:
             [(i["node"], i["op"], count(i["macs"]), i["reason"]) for i in islands[:_SHOWN]],
             right=(2,),
         )
-    worst = sorted(report["layers"], key=lambda row: row["sqnr_isolated_db"])[:_SHOWN]
+    judged = [row for row in report["layers"] if row["sqnr_isolated_db"] is not None]
+    worst = sorted(judged, key=lambda row: row["sqnr_isolated_db"])[:_SHOWN]
     if worst:
-        rows = [(r["name"], r["op"], f"{r['sqnr_isolated_db']:.1f}", f"{r['sqnr_accumulated_db']:.1f}") for r in worst]
+        rows = [(r["name"], r["op"], decibel(r["sqnr_isolated_db"]), decibel(r["sqnr_accumulated_db"])) for r in worst]
         show_table("layers, worst first (SQNR in dB)", ("name", "op", "isolated", "accumulated"), rows, right=(2, 3))
     if as_json:
         emit_json(report)
@@ -141,9 +142,9 @@ def explain_node(folder: Path, node: str, as_json: bool) -> int:
     if node in layers:
         row = layers[node]
         low, high, scale = (number(row[k]) for k in ("low", "high", "scale"))
-        alone, all_before = (f"{row[f'sqnr_{k}_db']:.1f} dB" for k in ("isolated", "accumulated"))
+        alone, all_before = (decibel(row[f"sqnr_{k}_db"]) for k in ("isolated", "accumulated"))
         say(f"{node} ({row['op']}): real = {scale} * (q - {row['zero_point']}), from {low} to {high}")
-        say(f"  error: {alone} SQNR by itself, {all_before} with everything before it")
+        say(f"  error: SQNR {alone} dB by itself, {all_before} dB with everything before it")
         say(f"  decided by: the table of target {report['target']} and the calibration data")
         say("  to override: another range method, as in --pipeline '...,quantize{ranges=minmax}'")
     if node in islands:

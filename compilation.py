@@ -24,7 +24,7 @@ import torch
 from .backends.coverage import Coverage, float_reasons, measure_coverage
 from .backends.onnx.lower import lower
 from .errors import VerificationError
-from .frontend.batches import Batches, all_leaves
+from .frontend.batches import Batches
 from .frontend.cost import count_macs
 from .frontend.preprocess import Preprocess
 from .frontend.program import Program, StageRecord
@@ -39,6 +39,7 @@ from .passes.quantize.spec import Target
 from .runtime.artifact import Artifact
 from .runtime.benchmark import Timing, compare_latency
 from .runtime.evaluate import Evaluate, Metric, measure, session_runner, torch_runner
+from .runtime.feed import example_tensors, leaves, take
 from .runtime.manifest import Manifest
 from .runtime.report.build import Figures, Findings, Promise, build_report
 from .runtime.report.environment import installed
@@ -48,8 +49,6 @@ from .runtime.verify import LayerParity, LayerRow, Parity, check_layers, check_p
 FLOAT_PIPELINE = "cleanup,fuse-batchnorm"
 # From the first of these on, layers are compared with the program as it was before.
 _QUANTIZERS = ("quantize", "annotate", "observe")
-_FLOAT_BOUND = 1e-4  # relative, PyTorch against ONNX Runtime
-_MOST_STEPS = 1  # quantization steps, each layer fed the same inputs
 _JUDGED_EXAMPLES = 8
 _SQNR_LIMIT = 200.0
 
@@ -186,13 +185,13 @@ def judged_inputs(program: Program, batches: Batches | None) -> tuple[torch.Tens
     """A few real examples to judge on; the example inputs where no data are given."""
     if batches is not None:
         return batches.first(_JUDGED_EXAMPLES)
-    return tuple(x for x in program.example_inputs if isinstance(x, torch.Tensor))
+    return example_tensors(program)
 
 
 def check_float(reference: Program, model: onnx.ModelProto, real: tuple[torch.Tensor, ...], seed: int) -> None:
     """Raise VerificationError unless the float file computes what PyTorch computes: all comparisons rest on it."""
     parity = check_parity(reference, model, batches=(2,), real_inputs=real, seed=seed)
-    if not parity.max_relative <= _FLOAT_BOUND:
+    if not parity.kept:
         raise VerificationError(
             f"the float model in ONNX Runtime differs from PyTorch by {parity.max_relative:.1e} relative",
             hint="this is a fault of the lowering: report it with the model",
@@ -218,7 +217,7 @@ def judge_coverage(model: onnx.ModelProto, compiled: Compiled, target: Target) -
 
 def output_sqnr(reference: Program, session: Session, real: tuple[torch.Tensor, ...]) -> float | None:
     """SQNR in dB of the compiled model's outputs in ONNX Runtime against float in PyTorch; capped at +-200."""
-    expected = reference.run_flat(all_leaves(reference, real))
+    expected = reference.run_flat(leaves(reference, real))
     actual = session.run(*(x.numpy() for x in real))
     pairs = [
         (e.double(), torch.from_numpy(np.array(a)).double()) for e, a in zip(expected, actual) if e.is_floating_point()
@@ -236,7 +235,7 @@ def parity_promise(compiled: Compiled, parity: Parity, layers: LayerParity | Non
     """ONNX Runtime computes what the Program computes."""
     sizes = ", ".join(map(str, parity.batches))
     if layers is None:
-        kept = parity.max_relative <= _FLOAT_BOUND
+        kept = parity.kept
         return Promise(
             "parity", kept, f"PyTorch and ONNX Runtime differ by {parity.max_relative:.1e} relative (batches {sizes})"
         )
@@ -244,7 +243,7 @@ def parity_promise(compiled: Compiled, parity: Parity, layers: LayerParity | Non
         f"each layer, fed the same inputs, differs by at most {layers.max_steps:g} quantization step(s) between "
         f"PyTorch and ONNX Runtime; run at batches {sizes}"
     )
-    return Promise("parity", layers.max_steps <= _MOST_STEPS, detail)
+    return Promise("parity", layers.kept, detail)
 
 
 # -- worth and cost -----------------------------------------------------------------------------------------------
@@ -273,9 +272,7 @@ def drop_promise(metrics: tuple[Metric | None, Metric | None], allowed: float | 
 
 def time_models(float_session: Session, session: Session, program: Program) -> Timing:
     """Both models on the same single example (on the whole example batch where the batch is fixed)."""
-    inputs = [x for x in program.example_inputs if isinstance(x, torch.Tensor)]
-    dynamic = {i.name for i in program.inputs if i.dims and isinstance(i.dims[0], str)}
-    single = tuple((x[:1] if i.name in dynamic else x).contiguous().numpy() for x, i in zip(inputs, program.inputs))
+    single = tuple(x.contiguous().numpy() for x in take(program, example_tensors(program), 1))
     return compare_latency(float_session, session, single)
 
 

@@ -83,12 +83,6 @@ def flat_inputs(infos: tuple[TensorInfo, ...], item: Any) -> tuple[torch.Tensor,
     return tuple(_as_tensor(x, i) for x, i in zip(leaves, infos))
 
 
-def all_leaves(program: Program, batch: tuple[torch.Tensor, ...]) -> tuple[Any, ...]:
-    """A flat batch with the program's other leaves (numbers, None) from its example inputs put back in place."""
-    tensors = iter(batch)
-    return tuple(next(tensors) if isinstance(x, torch.Tensor) else x for x in program.example_inputs)
-
-
 def examples_in(batch: tuple[Any, ...]) -> int:
     """The number of examples: the first size of the first tensor that has one."""
     return next((int(t.shape[0]) for t in batch if t.ndim), 1)

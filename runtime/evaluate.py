@@ -17,9 +17,10 @@ import torch
 from torch.utils import _pytree as pytree
 
 from ..errors import DataError, FxpressError, OptionError
-from ..frontend.batches import all_leaves, check_batch, examples_in, flat_inputs
+from ..frontend.batches import check_batch, examples_in, flat_inputs
 from ..frontend.program import Program
 from ..frontend.tensor_info import TensorInfo
+from .feed import leaves
 from .session import Session
 
 Run = Callable[..., Any]
@@ -61,7 +62,7 @@ class Runner:
 
 def torch_runner(program: Program) -> Runner:
     """A runner that computes with PyTorch."""
-    return Runner(program.inputs, lambda batch: program.run_flat(all_leaves(program, batch)), _packer(program))
+    return Runner(program.inputs, lambda batch: program.run_flat(leaves(program, batch)), _packer(program))
 
 
 def session_runner(program: Program, session: Session) -> Runner:

@@ -38,6 +38,11 @@ def number(value: float | None) -> str:
     return MISSING if value is None else f"{value:.4g}"
 
 
+def decibel(value: float | None) -> str:
+    """31.26 -> "31.3"."""
+    return MISSING if value is None else f"{value:.1f}"
+
+
 def milliseconds(value: float | None) -> str:
     """0.01234 -> "12.3 µs"."""
     if value is None:
