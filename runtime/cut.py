@@ -16,7 +16,7 @@ from torch.utils import _pytree as pytree
 
 from ..errors import VerificationError
 from ..frontend.operators import declare_operators
-from ..frontend.program import Program, dtype_name, get_attribute
+from ..frontend.program import Program, describe_tensors, dtype_name, get_attribute
 
 
 @dataclass(frozen=True)
@@ -93,14 +93,11 @@ def _placeholder(graph: fx.Graph, name: str, form: Any) -> fx.Node:
 
 
 def _as_program(program: Program, module: fx.GraphModule, sites: tuple[Site, ...]) -> Program:
-    from ..frontend.program import describe_tensors
-
     symbols = program.symbols
     nodes = [s.node for s in sites]
     extra_inputs = describe_tensors(nodes, [f"{n.name}_in" for n in nodes], symbols)
     extra_outputs = describe_tensors(nodes, [f"{n.name}_out" for n in nodes], symbols)
-    shell = Program(module, (), (*program.inputs, *extra_inputs), (*extra_outputs, *program.outputs))
-    return shell
+    return Program(module, (), (*program.inputs, *extra_inputs), (*extra_outputs, *program.outputs))
 
 
 class Watcher(fx.Interpreter):
@@ -130,7 +127,7 @@ def weight_bytes(site: Site, program: Program) -> int:
     """Bytes of the parameters of the layer that ends in `site`: what is read between the sites before it and itself."""
     declare_operators()
     seen: set[fx.Node] = set()
-    stack = [n for n in site.node.all_input_nodes]
+    stack = list(site.node.all_input_nodes)
     total = 0
     while stack:
         node = stack.pop()

@@ -10,7 +10,6 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import onnx
@@ -18,10 +17,11 @@ import torch
 from torch import fx
 
 from ..backends.onnx.lower import lower
-from ..errors import DataError, VerificationError
+from ..errors import VerificationError
 from ..frontend.operators import dequantize, quantize
 from ..frontend.program import Program
 from .cut import Cut, Site, cut_program, leading_op, quantized_sites, watch, weight_bytes
+from .feed import example_tensors, examples, has_dynamic_batch, leaves, random_inputs, take
 from .session import Session, make_session
 
 FLOAT_BOUND = 1e-4
@@ -113,7 +113,7 @@ def check_parity(
     there are too few. A program with a fixed batch is checked at its own batch only.
     """
     session = make_session(model)
-    sizes = tuple(batches) if has_dynamic_batch(program) else (int(_tensors(program)[0].shape[0]),)
+    sizes = tuple(batches) if has_dynamic_batch(program) else (int(example_tensors(program)[0].shape[0]),)
     generator = torch.Generator().manual_seed(seed)
     sites = quantized_sites(program)
     tally = _Tally(_output_steps(program, sites))
@@ -124,65 +124,12 @@ def check_parity(
     return tally.parity(sizes, quantized=bool(sites))
 
 
-def has_dynamic_batch(program: Program) -> bool:
-    """Is the first dim of the first input symbolic?"""
-    return bool(program.inputs and program.inputs[0].dims and isinstance(program.inputs[0].dims[0], str))
-
-
-def random_inputs(program: Program, batch: int, generator: torch.Generator) -> tuple[torch.Tensor, ...]:
-    """Inputs with the scale (floats) or the range (integers) of the example inputs."""
-    forms = take(program, _tensors(program), batch)
-    return tuple(_random_like(x, generator) for x in forms)
-
-
-def _random_like(x: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
-    if not x.numel():
-        return x
-    low, high = x.min(), x.max()
-    if x.is_floating_point():
-        spread = x.double().std() if x.numel() > 1 else torch.zeros(())
-        values = x.double().mean() + spread * torch.randn(x.shape, generator=generator, dtype=torch.float64)
-        return values.clamp(low.double(), high.double()).to(x.dtype)
-    return torch.randint(int(low), int(high) + 1, x.shape, generator=generator).to(x.dtype)
-
-
-def take(program: Program, inputs: Sequence[torch.Tensor], batch: int) -> tuple[torch.Tensor, ...]:
-    """The first `batch` examples, repeated where there are fewer; inputs without a batch dim as they are."""
-    if len(inputs) != len(program.inputs):
-        raise DataError(
-            f"the program takes {len(program.inputs)} inputs, got {len(inputs)}", hint="pass the flat inputs in order"
-        )
-    if not has_dynamic_batch(program):
-        return tuple(inputs)
-    name = program.inputs[0].dims[0]
-    return tuple(
-        _first(x, batch) if info.dims and info.dims[0] == name else x for x, info in zip(inputs, program.inputs)
-    )
-
-
-def _first(x: torch.Tensor, batch: int) -> torch.Tensor:
-    if x.shape[0] == 0:
-        raise DataError("an input batch is empty", hint="pass at least one example")
-    copies = -(-batch // x.shape[0])
-    return torch.cat([x] * copies)[:batch]
-
-
-def _tensors(program: Program) -> tuple[torch.Tensor, ...]:
-    return tuple(x for x in program.example_inputs if isinstance(x, torch.Tensor))
-
-
-def _leaves(program: Program, inputs: Sequence[torch.Tensor]) -> list[Any]:
-    """Flat inputs with the non-tensor leaves of the example call in their places."""
-    given = iter(inputs)
-    return [next(given) if isinstance(x, torch.Tensor) else x for x in program.example_inputs]
-
-
 def _to_numpy(x: torch.Tensor) -> np.ndarray:
     return x.detach().cpu().numpy()
 
 
 def _output_steps(program: Program, sites: tuple[Site, ...]) -> list[float | None]:
-    """For each output its step: 0 for a float program, the scale where the output is a dequantized tensor, else None."""
+    """For each output its step: 0 for a float program, the scale of a dequantized tensor, else None."""
     if not sites:
         return [0.0] * len(program.outputs)
     return [_step_of(node) for node in program.output_nodes()]
@@ -217,7 +164,7 @@ class _Tally:
         self.squeezed = False
 
     def compare(self, program: Program, session: Session, inputs: tuple[torch.Tensor, ...]) -> None:
-        expected = program.run_flat(_leaves(program, inputs))
+        expected = program.run_flat(leaves(program, inputs))
         actual = session.run(*map(_to_numpy, inputs))
         if len(actual) != len(expected):
             raise VerificationError(f"PyTorch gives {len(expected)} outputs, ONNX Runtime {len(actual)}")
@@ -319,7 +266,7 @@ def _compare_layers(
     program: Program, cut: Cut, session: Session, example: tuple[torch.Tensor, ...], counters: list[_StepCounter]
 ) -> float:
     """Compare one batch; returns the worst relative difference of the float outputs."""
-    values, outputs = watch(program, _leaves(program, example), {s.node.name for s in cut.sites})
+    values, outputs = watch(program, leaves(program, example), {s.node.name for s in cut.sites})
     integers = [_to_numpy(values[s.node.name]) for s in cut.sites]
     results = session.run(*map(_to_numpy, example), *integers)
     for counter, ours, theirs in zip(counters, results, integers):
@@ -327,17 +274,6 @@ def _compare_layers(
     floats = zip(results[len(integers) :], map(_to_numpy, outputs))
     pairs = [(ours, theirs) for ours, theirs in floats if theirs.dtype.kind == "f"]
     return max((relative(*differences(ours, theirs.reshape(ours.shape))) for ours, theirs in pairs), default=0.0)
-
-
-def examples(program: Program, inputs: Sequence[torch.Tensor]) -> list[tuple[torch.Tensor, ...]]:
-    """One example at a time where the batch is dynamic, so that only one example's activations are held."""
-    if not has_dynamic_batch(program):
-        return [take(program, inputs, 0)]
-    name = program.inputs[0].dims[0]
-    batched = [bool(i.dims) and i.dims[0] == name for i in program.inputs]
-    whole = take(program, inputs, inputs[0].shape[0]) if inputs else ()
-    count = whole[0].shape[0] if whole else 0
-    return [tuple(x[i : i + 1] if b else x for x, b in zip(whole, batched)) for i in range(count)]
 
 
 # -- what quantization costs ----------------------------------------------------------------------------------------
@@ -387,8 +323,8 @@ def _add_example(
     example: tuple[torch.Tensor, ...],
     noises: list[tuple[_Noise, _Noise]],
 ) -> None:
-    references, _ = watch(float_program, _leaves(float_program, example), {s.layer for s in cut.sites})
-    values, _ = watch(quantized_program, _leaves(quantized_program, example), {s.node.name for s in cut.sites})
+    references, _ = watch(float_program, leaves(float_program, example), {s.layer for s in cut.sites})
+    values, _ = watch(quantized_program, leaves(quantized_program, example), {s.node.name for s in cut.sites})
     fed = [_fed(site, references, values) for site in cut.sites]
     _, results = watch(cut.program, [*example, *fed], set())
     for site, (isolated, accumulated), result in zip(cut.sites, noises, results):

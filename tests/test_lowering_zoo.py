@@ -6,11 +6,10 @@ from typing import Any
 
 import pytest
 import torch
-from torch import nn
-
 from fxpress.backends.onnx.lower import lower
 from fxpress.frontend.capture import capture
 from fxpress.runtime.verify import check_parity
+from torch import nn
 
 pytestmark = [pytest.mark.slow, pytest.mark.zoo]
 
