@@ -90,7 +90,7 @@ class Row:
 def _is_default(name: str, value: Any, default: Any) -> bool:
     if name in _STORAGE or value is None or (name == "layout" and value == torch.strided):
         return True
-    return bool(type(value) is type(default) and value == default) or (value in (False, 0) and default is None)
+    return bool(isinstance(value, bool) == isinstance(default, bool) and value == default)
 
 
 _ROWS: dict[str, Row] = {}
