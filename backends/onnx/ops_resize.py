@@ -1,7 +1,8 @@
 """Up- and downsampling, and moving pixels between channels and space.
 
 torch computes source positions from the given scale factor where there is one, else from the ratio of sizes. They only
-differ when size times factor is no whole number; the row writes scales then, and sizes otherwise.
+differ when size times factor is no whole number; the row writes scales then, and sizes otherwise. Whole multiples are
+written as scales of all dims: ONNX Runtime's layout optimizer breaks a Resize with `axes` on 8-bit tensors.
 """
 
 from __future__ import annotations
@@ -20,6 +21,9 @@ def _resize(
     g: Emitter, x: Operand, factors: Sequence[float | None] | None, align_corners: bool = False, **attributes: object
 ) -> Value:
     n = x.rank - 2
+    multiples = [_multiple(a, b) for a, b in zip(x.shape[2:], g.result.shape[2:])]
+    if all(multiples):
+        return g.op("Resize", x, None, g.constant(torch.tensor([1.0, 1.0, *map(float, multiples)])), **attributes)
     axes = list(range(2, x.rank))
     scales = None
     if factors is not None and not align_corners and not _whole(x.shape[2:], factors):
@@ -29,6 +33,13 @@ def _resize(
         scales = g.constant(torch.tensor(known, dtype=torch.float32))
     sizes = None if scales is not None else g.sizes(g.result.shape[2:])
     return g.op("Resize", x, None, scales, sizes, axes=axes, **attributes)
+
+
+def _multiple(before: Size, after: Size) -> int:
+    """after / before where that is a whole number, else 0."""
+    if not isinstance(before, int) or not isinstance(after, int):
+        return 0
+    return after // before if after % before == 0 else 0
 
 
 def _whole(shape: Sequence[Size], factors: Sequence[float | None]) -> bool:

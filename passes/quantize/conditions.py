@@ -72,3 +72,12 @@ def global_pool(node: fx.Node) -> str | None:
 def pads_with_zero(node: fx.Node) -> str | None:
     """constant_pad_nd with the value 0, which is exact in every quantization."""
     return None if argument(node, "value") == 0 else "it pads with another value than 0"
+
+
+def whole_multiple(node: fx.Node) -> str | None:
+    """A resize to whole multiples of height and width."""
+    before, after = _shape(node.args[0]), _shape(node)
+    if before is None or after is None or not all(isinstance(s, int) for s in (*before[2:], *after[2:])):
+        return "its sizes are not known"
+    whole = all(b % a == 0 for a, b in zip(before[2:], after[2:]))
+    return None if whole else "it does not resize to a whole multiple"

@@ -62,7 +62,7 @@ def fold_program(program: Program, target: Target, weight_ranges: str) -> int:
         elif node.meta.get(ABSORBED):
             _drop_absorbed(folding, node)
     for node in observes:
-        _fold_observer(node, params[node], on_integers=_is_move(node.args[0]))
+        _fold_observer(folding, node, on_integers=_is_move(node.args[0]))
     clear_annotations(program)
     del program.graph_module.meta["observers"]
     erase_dead(program)
@@ -86,18 +86,24 @@ def _site_params(site: Site, form: NumberFormat) -> QuantParams:
     return params
 
 
-def _fold_observer(node: fx.Node, params: QuantParams, on_integers: bool) -> None:
+def _fold_observer(folding: _Folding, node: fx.Node, on_integers: bool) -> None:
     """observe(x) becomes dequantize(quantize(x)); behind a move, which is let work on the integers, dequantize(x)."""
-    source = node.args[0]
+    source, params = node.args[0], folding.params[node]
     assert isinstance(source, fx.Node)
     if on_integers:
         _move_integers(source, params)
         q = source
     else:
-        q = call_before(
-            node, torch.ops.fxpress.quantize.default, source, params.scale, params.zero_point, params.dtype
-        )
+        if str(source.target) in folding.target.isolate:
+            source = _apart(folding.program, node, source)
+        q = call_before(node, torch.ops.fxpress.quantize.default, source, params.scale, params.zero_point, params.dtype)
     replace(node, call_before(node, torch.ops.fxpress.dequantize.default, q, params.scale, params.zero_point))
+
+
+def _apart(program: Program, node: fx.Node, source: fx.Node) -> fx.Node:
+    """max(x, lowest float): changes nothing, and stands between an op and its quantization."""
+    lowest = put_constant(program, "lowest", torch.tensor(torch.finfo(torch.float32).min), node)
+    return call_before(node, aten.maximum.default, source, lowest)
 
 
 def _is_move(value: object) -> bool:
@@ -138,7 +144,8 @@ def _fold_layer(folding: _Folding, node: fx.Node) -> None:
     assert weight is not None
     if not torch.isfinite(weight).all() or (bias is not None and not torch.isfinite(bias).all()):
         raise QuantizationError(
-            f"the weights of {layer_name(node)} hold NaN or infinity", hint="check the checkpoint; training may have diverged"
+            f"the weights of {layer_name(node)} hold NaN or infinity",
+            hint="check the checkpoint; training may have diverged",
         )
     scales = weight_scales(weight.detach(), folding.target.weight, folding.weight_ranges)
     if bias is not None:
@@ -187,4 +194,3 @@ def quantize_weight(weight: torch.Tensor, scales: torch.Tensor) -> torch.Tensor:
     """Symmetric int8 weights in [-127, 127], `scales` along the first dim."""
     shaped = scales.reshape(-1, *[1] * (weight.ndim - 1))
     return torch.clamp(torch.round(weight.float() / shaped), -127, 127).to(torch.int8)
-

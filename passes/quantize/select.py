@@ -63,9 +63,7 @@ def program_outputs(program: Program, batch: tuple[torch.Tensor, ...]) -> tuple[
     return program.run_flat(leaves)
 
 
-def mean_sqnr(
-    expected: Iterable[tuple[torch.Tensor, ...]], got: Iterable[tuple[torch.Tensor, ...]]
-) -> float:
+def mean_sqnr(expected: Iterable[tuple[torch.Tensor, ...]], got: Iterable[tuple[torch.Tensor, ...]]) -> float:
     """10 log10 of signal over error power in dB, over all batches, averaged over the outputs."""
     signal: dict[int, float] = {}
     error: dict[int, float] = {}

@@ -124,6 +124,8 @@ class Target:
 
     `absorbs` are activation functions that vanish into the quantization of their input when their lower bound is
     the smallest stored number. `expand` names ops that are written as others first (silu as sigmoid and mul).
+    `isolate` names ops that the runtime would compute with a slow integer kernel if quantized tensors touched them on
+    both sides; they are kept apart.
     `round_to` is the channel count multiple that its kernels like, for wide and for narrow layers.
     """
 
@@ -134,6 +136,7 @@ class Target:
     rows: tuple[Row, ...]
     absorbs: tuple[str, ...] = ()
     expand: tuple[str, ...] = ()
+    isolate: tuple[str, ...] = ()
     bias: NumberFormat = field(default=NumberFormat(torch.int32, symmetric=True, per_channel=True))
     round_to: int = 1
     round_narrow_to: int = 1

@@ -1,0 +1,231 @@
+"""Every row of the ort-x86 table against the runtime: the pattern is built, quantized, lowered, loaded, and the optimized
+graph is read. A row that promises integers must become an integer kernel; a row that says float must stay float."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+import fxpress
+from fxpress.backends.coverage import measure_coverage, optimized_graph
+from fxpress.backends.onnx.lower import lower
+from fxpress.backends.targets import load_target, target_names
+from fxpress.errors import OptionError
+from fxpress.passes.base import Context
+from fxpress.passes.manager import PassManager
+
+TARGET = load_target("ort-x86")
+PIPELINE = "cleanup,fuse-batchnorm,canonicalize,quantize"
+
+
+def conv(i: int = 8, o: int = 8, k: int = 3, **options) -> nn.Module:
+    return nn.Conv2d(i, o, k, padding=k // 2, **options)
+
+
+class Between(nn.Module):
+    """conv -> function of its output -> conv, so that the function sits between integer layers."""
+
+    def __init__(self, function, channels_out: int = 8) -> None:
+        super().__init__()
+        self.first, self.function, self.last = conv(), function, conv(channels_out)
+
+    def forward(self, x):
+        return self.last(self.function(self.first(x)))
+
+
+class Head(nn.Module):
+    """conv -> function -> linear."""
+
+    def __init__(self, function, features: int = 8) -> None:
+        super().__init__()
+        self.first, self.function, self.last = conv(), function, nn.Linear(features, 5)
+
+    def forward(self, x):
+        return self.last(self.function(self.first(x)))
+
+
+class TwoBranches(nn.Module):
+    def __init__(self, join, channels_out: int = 8) -> None:
+        super().__init__()
+        self.a, self.b, self.join, self.last = conv(), conv(), join, conv(channels_out)
+
+    def forward(self, x):
+        return self.last(self.join(self.a(x), self.b(x)))
+
+
+class ChannelGate(nn.Module):
+    """Squeeze and excite."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.down, self.up, self.last = conv(), conv(k=1), conv(k=1), conv()
+
+    def forward(self, x):
+        x = self.first(x)
+        gate = torch.sigmoid(self.up(torch.relu(self.down(x.mean((2, 3), keepdim=True)))))
+        return self.last(x * gate)
+
+
+class Residual(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b, self.c = conv(), conv(), conv()
+
+    def forward(self, x):
+        x = torch.relu(self.a(x))
+        return self.c(torch.relu(x + self.b(x)))
+
+
+def compiled(module: nn.Module, shape=(2, 8, 12, 12), pipeline: str = PIPELINE):
+    torch.manual_seed(0)
+    module.eval()
+    program = fxpress.capture(module, torch.randn(shape))
+    context = Context(target=TARGET, calibration=[(torch.randn(shape),) for _ in range(3)])
+    quantized = PassManager(pipeline).run(program, context)
+    return quantized, lower(quantized)
+
+
+# Pattern -> ops that the optimized graph must have (with how often), and ops that it must not have.
+FLOAT_CONVS = ("Conv", "FusedConv")
+INTEGER = {
+    "conv": (nn.Sequential(conv(), conv()), {"QLinearConv": 2}, FLOAT_CONVS),
+    "conv relu": (nn.Sequential(conv(), nn.ReLU(), conv()), {"QLinearConv": 2}, (*FLOAT_CONVS, "Relu")),
+    "conv relu6": (nn.Sequential(conv(), nn.ReLU6(), conv()), {"QLinearConv": 2}, (*FLOAT_CONVS, "Clip")),
+    "conv clamp": (Between(lambda x: x.clamp(0, 3)), {"QLinearConv": 2}, (*FLOAT_CONVS, "Clip")),
+    "conv batchnorm relu": (
+        nn.Sequential(conv(bias=False), nn.BatchNorm2d(8), nn.ReLU(), conv()),
+        {"QLinearConv": 2},
+        (*FLOAT_CONVS, "BatchNormalization"),
+    ),
+    "grouped conv": (nn.Sequential(conv(groups=2), conv()), {"QLinearConv": 2}, FLOAT_CONVS),
+    "depthwise conv": (nn.Sequential(conv(groups=8), nn.ReLU(), conv()), {"QLinearConv": 2}, FLOAT_CONVS),
+    "same padding": (nn.Sequential(nn.Conv2d(8, 8, 3, padding="same"), conv()), {"QLinearConv": 2}, FLOAT_CONVS),
+    "strided, dilated conv": (nn.Sequential(conv(stride=2), conv(dilation=2)), {"QLinearConv": 2}, FLOAT_CONVS),
+    "linear on a matrix": (
+        Head(lambda x: x.mean((2, 3))),
+        {"QLinearConv": 1, "QGemm": 1, "QLinearGlobalAveragePool": 1},
+        ("Gemm", "GlobalAveragePool"),
+    ),
+    "linear, linear": (
+        Head(nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, 16), nn.ReLU()), 16),
+        {"QGemm": 2},
+        ("Gemm", "Relu"),
+    ),
+    "add": (TwoBranches(torch.add), {"QLinearAdd": 1, "QLinearConv": 3}, ("Add", *FLOAT_CONVS)),
+    "residual": (Residual(), {"QLinearAdd": 1, "QLinearConv": 3}, ("Add", "Relu", *FLOAT_CONVS)),
+    "mul": (TwoBranches(torch.mul), {"QLinearMul": 1}, ("Mul", *FLOAT_CONVS)),
+    "concat": (TwoBranches(lambda a, b: torch.cat([a, b], 1), 16), {"QLinearConcat": 1}, ("Concat", *FLOAT_CONVS)),
+    "leaky relu": (Between(nn.LeakyReLU(0.1)), {"QLinearLeakyRelu": 1}, ("LeakyRelu", *FLOAT_CONVS)),
+    "sigmoid": (Between(nn.Sigmoid()), {"QLinearSigmoid": 1}, ("Sigmoid", *FLOAT_CONVS)),
+    "silu": (Between(nn.SiLU()), {"QLinearSigmoid": 1, "QLinearMul": 1}, ("Sigmoid", "QuickGelu", *FLOAT_CONVS)),
+    "squeeze and excite": (
+        ChannelGate(),
+        {"QLinearConv": 4, "QLinearMul": 1, "QLinearSigmoid": 1},
+        ("Mul", *FLOAT_CONVS),
+    ),
+    "average pool": (Between(nn.AvgPool2d(2)), {"QLinearConv": 3}, ("AveragePool", "QLinearAveragePool", *FLOAT_CONVS)),
+    "padded average pool": (Between(nn.AvgPool2d(3, 2, 1)), {"QLinearConv": 3}, ("AveragePool", "QLinearAveragePool")),
+    "flatten": (Head(nn.Flatten(), 8 * 144), {"QGemm": 1}, ("Gemm", "DequantizeLinear")),
+}
+# Data movement runs on the 8-bit values: nothing is dequantized but the output.
+MOVES = {
+    "max pool": (Between(nn.MaxPool2d(3, 2, 1)), "MaxPool"),
+    "channel shuffle": (
+        Between(lambda x: x.view(x.shape[0], 2, 4, 12, 12).transpose(1, 2).reshape(x.shape[0], 8, 12, 12)),
+        "Transpose",
+    ),
+    "permute": (Between(lambda x: x.permute(0, 1, 3, 2)), "Transpose"),
+    "slice": (Between(lambda x: x[:, 2:6, ::2, ::2], 4), "Slice"),
+    "chunk": (Between(lambda x: x.chunk(2, 1)[1], 4), "Slice|Split"),
+    "split": (Between(lambda x: torch.cat(x.split([2, 6], 1)[::-1], 1)), "Slice|Split"),
+    "pad": (Between(lambda x: nn.functional.pad(x[:, :4], (0, 0, 0, 0, 2, 2))), "Pad"),
+    "pixel shuffle": (Between(nn.PixelShuffle(2), 2), "DepthToSpace"),
+    "nearest upsampling": (Between(nn.Upsample(scale_factor=2, mode="nearest")), "Resize"),
+}
+FLOAT = {
+    "average pool with borders": (
+        Between(nn.AvgPool2d(3, padding=1, count_include_pad=False)),
+        "AveragePool|QLinearAveragePool",
+        "without borders",
+    ),
+    "softmax": (Between(nn.Softmax(1)), "Softmax", "7 times slower"),
+    "hardswish": (Between(nn.Hardswish()), "HardSwish|HardSigmoid", "no integer kernel"),
+    "gelu": (Between(nn.GELU()), "Gelu", "no integer kernel"),
+    "tanh": (Between(nn.Tanh()), "Tanh", "no integer kernel"),
+    "transposed conv": (Between(nn.ConvTranspose2d(8, 8, 2, stride=2)), "ConvTranspose", "no integer ConvTranspose"),
+}
+
+
+def operators(model) -> dict[str, int]:
+    counts: dict[str, int] = {}
+    for node in optimized_graph(model).node:
+        counts[node.op_type] = counts.get(node.op_type, 0) + 1
+    return counts
+
+
+@pytest.mark.parametrize("name", INTEGER)
+def test_integer_rows_become_integer_kernels(name):
+    module, wanted, unwanted = INTEGER[name]
+    _, model = compiled(module)
+    got = operators(model)
+    assert {op: got.get(op, 0) for op in wanted} == wanted, got
+    assert not set(unwanted) & set(got), got
+    assert measure_coverage(model).integer_macs == 1.0
+
+
+@pytest.mark.parametrize("name", MOVES)
+def test_moves_run_on_eight_bits(name):
+    module, op = MOVES[name]
+    _, model = compiled(module)
+    got = operators(model)
+    assert any(o in got for o in op.split("|")), got
+    assert got.get("DequantizeLinear", 0) <= 1, got
+    assert got["QuantizeLinear"] == 1, got
+    assert measure_coverage(model).integer_macs == 1.0
+
+
+@pytest.mark.parametrize("name", FLOAT)
+def test_float_rows_stay_float_and_their_neighbours_do_not(name):
+    module, op, reason = FLOAT[name]
+    quantized, model = compiled(module)
+    got = operators(model)
+    assert any(o in got for o in op.split("|")), got
+    assert got["QLinearConv"] == 2
+    about = [n for n in fxpress.capture(module, torch.randn(2, 8, 12, 12)).graph.nodes if n.op == "call_function"]
+    assert any(reason in TARGET.why_float(n) for n in about)
+
+
+@pytest.mark.parametrize("dims", [1, 3])
+def test_conv_1d_and_3d(dims):
+    """Conv of other dimensions than two: whatever the table says, the runtime must agree."""
+    kind = {1: nn.Conv1d, 3: nn.Conv3d}[dims]
+    _, model = compiled(nn.Sequential(kind(4, 8, 3), nn.ReLU(), kind(8, 4, 3)), (2, 4, *[9] * dims))
+    assert operators(model).get("QLinearConv", 0) == 2
+    assert measure_coverage(model).integer_macs == 1.0
+
+
+@pytest.mark.parametrize("name", [*INTEGER, *MOVES, *FLOAT])
+def test_simulation_and_runtime_agree_within_a_step_per_layer(name):
+    """End to end on these small nets: at most a few steps of the output's own quantization, mostly none."""
+    import onnxruntime as ort
+
+    module = {**INTEGER, **MOVES, **FLOAT}[name][0]
+    quantized, model = compiled(module)
+    options = ort.SessionOptions()
+    options.log_severity_level = 3
+    session = ort.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])
+    for batch in (1, 2, 5):
+        x = torch.randn(batch, 8, 12, 12)
+        want = quantized(x).detach().numpy()
+        (got,) = session.run(None, {session.get_inputs()[0].name: x.numpy()})
+        scale = float(np.abs(want).max())
+        assert np.abs(got - want).max() <= 0.03 * scale
+        assert np.abs(got - want).mean() <= 0.003 * scale
+
+
+def test_unknown_targets_are_explained():
+    assert "ort-x86" in target_names()
+    with pytest.raises(OptionError, match="did you mean 'ort-x86'"):
+        load_target("ort-x68")
