@@ -287,7 +287,12 @@ def tied_weights() -> Probe:
 @probe
 def bare_parameter() -> Probe:
     weight = nn.Parameter(torch.zeros(16, 3, 3, 3))
-    net = Net(lambda n, x: n.b(F.relu(F.conv2d(x, n.w) + n.shift)), w=weight, shift=nn.Parameter(torch.zeros(16, 1, 1)), b=conv(16, 4))
+    net = Net(
+        lambda n, x: n.b(F.relu(F.conv2d(x, n.w) + n.shift)),
+        w=weight,
+        shift=nn.Parameter(torch.zeros(16, 1, 1)),
+        b=conv(16, 4),
+    )
     return net, IMAGE, ("w[0]", "shift[0]", "b.weight[1]")
 
 
@@ -311,7 +316,11 @@ def channel_parameters() -> Probe:
         return n.b(n.act(n.a(x)) * n.scale.view(1, -1, 1, 1) + n.shift[:, None, None])
 
     parts = {"scale": nn.Parameter(torch.zeros(16)), "shift": nn.Parameter(torch.zeros(16)), "act": nn.PReLU(16)}
-    return Net(forward, a=conv(3, 16), b=conv(16, 4), **parts), IMAGE, ("a.weight[0]", "scale[0]", "shift[0]", "act.weight[0]")
+    return (
+        Net(forward, a=conv(3, 16), b=conv(16, 4), **parts),
+        IMAGE,
+        ("a.weight[0]", "scale[0]", "shift[0]", "act.weight[0]"),
+    )
 
 
 @probe
@@ -407,9 +416,7 @@ def normalized_features() -> Probe:
 @probe
 def maximum_beside() -> Probe:
     """A maximum over channels keeps them; what comes before may go."""
-    net = Net(
-        lambda n, x: n.b(n.c(F.relu(n.a(x))).amax(1, keepdim=True)), a=conv(3, 16), c=conv(16, 8), b=conv(1, 4)
-    )
+    net = Net(lambda n, x: n.b(n.c(F.relu(n.a(x))).amax(1, keepdim=True)), a=conv(3, 16), c=conv(16, 8), b=conv(1, 4))
     return net, IMAGE, ("a.weight[0]", "c.weight[1]")
 
 
@@ -420,7 +427,12 @@ def gated_linear_unit() -> Probe:
 
 @probe
 def matmul_with_parameter() -> Probe:
-    net = Net(lambda n, x: torch.addmm(n.c, F.relu(x @ n.w), n.v), w=nn.Parameter(torch.zeros(6, 16)), v=nn.Parameter(torch.zeros(16, 5)), c=nn.Parameter(torch.zeros(5)))
+    net = Net(
+        lambda n, x: torch.addmm(n.c, F.relu(x @ n.w), n.v),
+        w=nn.Parameter(torch.zeros(6, 16)),
+        v=nn.Parameter(torch.zeros(16, 5)),
+        c=nn.Parameter(torch.zeros(5)),
+    )
     return net, (2, 6), ("w[1]", "v[0]")
 
 
@@ -441,21 +453,28 @@ def upsample_and_concat() -> Probe:
         small = F.relu(n.b(F.max_pool2d(F.relu(n.a(x)), 2)))
         return n.c(torch.cat([F.interpolate(small, scale_factor=2.0, mode="bilinear"), x], 1))
 
-    return Net(forward, a=conv(3, 16), b=conv(16, 8), c=conv(11, 4)), IMAGE, ("a.weight[0]", "b.weight[0]", "c.weight[1]")
+    return (
+        Net(forward, a=conv(3, 16), b=conv(16, 8), c=conv(11, 4)),
+        IMAGE,
+        ("a.weight[0]", "b.weight[0]", "c.weight[1]"),
+    )
 
 
 @probe
 def unknown_op_beside() -> Probe:
     """What an op without a rule touches stays; the rest is pruned."""
-    net = Net(
-        lambda n, x: n.c(F.relu(n.b(torch.special.i0e(n.a(x))))), a=conv(3, 16), b=conv(16, 16), c=conv(16, 4)
-    )
+    net = Net(lambda n, x: n.c(F.relu(n.b(torch.special.i0e(n.a(x))))), a=conv(3, 16), b=conv(16, 16), c=conv(16, 4))
     return net, IMAGE, ("b.weight[0]", "c.weight[1]")
 
 
 @probe
 def recurrent_beside() -> Probe:
-    net = Net(lambda n, x: n.o(F.relu(n.h(n.rnn(x)[0]))), rnn=nn.LSTM(6, 8, batch_first=True), h=nn.Linear(8, 16), o=nn.Linear(16, 4))
+    net = Net(
+        lambda n, x: n.o(F.relu(n.h(n.rnn(x)[0]))),
+        rnn=nn.LSTM(6, 8, batch_first=True),
+        h=nn.Linear(8, 16),
+        o=nn.Linear(16, 4),
+    )
     return net, (2, 5, 6), ("h.weight[0]", "o.weight[1]")
 
 

@@ -217,7 +217,7 @@ def select_budget(analysis: Analysis, choices: list[Choice], cost: Cost, share: 
     if _at(choices, thresholds[high], measure) > budget * (1 + 1e-12):
         reached = min(_minimum(choices, measure), total) / total if total else 1.0
         raise PruningError(
-            f"{name}={share:g} cannot be reached: the smallest possible is {name}={reached:.4f}",
+            f"{name}={share:g} cannot be reached: the smallest possible is {name}={reached:.4g}",
             hint="raise the budget, lower round_to, or exclude less (`fxpress inspect` lists what is pinned and why)",
         )
     while low < high:  # the least threshold that fits

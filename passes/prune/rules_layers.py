@@ -96,7 +96,9 @@ def _product(analysis: Analysis, node: fx.Node, left: str, right: str) -> Axes:
 def channel_norm(analysis: Analysis, node: fx.Node) -> Axes:
     """BatchNorm and InstanceNorm: each channel by itself, with its own parameters and statistics."""
     x = analysis.need(node, "input")
-    slide(analysis, node, x[2:])
+    if op_name(node) == "aten.batch_norm":
+        analysis.pin(x[0], node, "batch_norm takes its statistics over this dimension")
+    analysis.pin(x[2:], node, f"{op_name(node)} takes its statistics over this dimension")
     for name in ("weight", "bias", "running_mean", "running_var"):
         given = analysis.of(node, name)
         if given is not None:
