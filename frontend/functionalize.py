@@ -6,6 +6,7 @@ Rules:
 3. Where `x` is a view of another tensor (a slice or select of it, say), the write is scattered back into that tensor,
    and views of it that are read later are taken again.
 4. Assertions, `detach`, `alias` and `lift_fresh_copy` vanish.
+5. `view` becomes `reshape`: which tensors share memory has no meaning any more, so strides must not matter either.
 A write that none of these rules can express is a `CaptureError` with its source line.
 """
 
@@ -55,10 +56,13 @@ _FUNCTIONAL = {
 
 
 def functionalize(graph_module: fx.GraphModule) -> None:
-    """Apply the four rules in place."""
+    """Apply the rules in place."""
     _inline_wrappers(graph_module)
     _drop_transparent(graph_module.graph)
     _replace_writes(graph_module.graph)
+    for node in graph_module.graph.nodes:
+        if node.target in (aten.view.default, aten._unsafe_view.default):
+            node.target = aten.reshape.default
     for node in reversed(list(graph_module.graph.nodes)):
         if node.op == "call_function" and not node.users:
             graph_module.graph.erase_node(node)

@@ -1,0 +1,272 @@
+"""Quantization: what is annotated, what folding leaves, and that the simulation is what the runtime computes."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+
+import fxpress
+from fxpress.backends.onnx.lower import lower
+from fxpress.backends.targets import load_target
+from fxpress.errors import DataError, FxpressError, QuantizationError
+from fxpress.frontend.operators import dequantize, quantize
+from fxpress.passes.base import Context
+from fxpress.passes.manager import PassManager, op_counts, run_passes
+from fxpress.passes.quantize.annotate import annotate_program, annotation
+from fxpress.passes.quantize.fold import quantize_weight, weight_scales
+from fxpress.runtime.verify import check_layers
+
+TARGET = load_target("ort-x86")
+PREPARE = "cleanup,fuse-batchnorm,canonicalize"
+
+
+class Small(nn.Module):
+    """Everything a CNN brings: residual, option-A-like pad, depthwise, gate, concat, pool, head."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem = nn.Sequential(nn.Conv2d(3, 8, 3, 2, 1, bias=False), nn.BatchNorm2d(8), nn.ReLU6())
+        self.depthwise = nn.Sequential(nn.Conv2d(8, 8, 3, 1, 1, groups=8), nn.BatchNorm2d(8), nn.SiLU())
+        self.gate = nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Conv2d(8, 4, 1), nn.ReLU(), nn.Conv2d(4, 8, 1), nn.Sigmoid())
+        self.wide = nn.Conv2d(8, 12, 3, 1, 1)
+        self.head = nn.Linear(20, 5)
+
+    def forward(self, x):
+        x = self.stem(x)
+        y = self.depthwise(x)
+        x = x + y * self.gate(y)
+        shortcut = nn.functional.pad(x, (0, 0, 0, 0, 2, 2))
+        x = torch.cat([torch.relu(self.wide(x) + shortcut), x], 1)
+        return self.head(nn.functional.avg_pool2d(x, x.shape[-1]).flatten(1))
+
+
+def batches(count: int = 4, size: int = 4) -> list[tuple[torch.Tensor]]:
+    generator = torch.Generator().manual_seed(3)
+    return [(torch.randn(size, 3, 16, 16, generator=generator),) for _ in range(count)]
+
+
+def prepared(module: nn.Module | None = None, example=None) -> fxpress.Program:
+    torch.manual_seed(0)
+    module = (module or Small()).eval()
+    for m in module.modules():
+        if isinstance(m, nn.BatchNorm2d):
+            nn.init.uniform_(m.weight, 0.5, 1.5)
+            nn.init.normal_(m.bias)
+    program = fxpress.capture(module, torch.randn(2, 3, 16, 16) if example is None else example)
+    return run_passes(program, PREPARE)
+
+
+def context(data=None) -> Context:
+    return Context(target=TARGET, calibration=batches() if data is None else data)
+
+
+def quantized(program=None, pipeline="quantize", data=None) -> fxpress.Program:
+    return PassManager(pipeline).run(program or prepared(), context(data))
+
+
+def sqnr(reference: torch.Tensor, other: torch.Tensor) -> float:
+    return float(10 * torch.log10(reference.pow(2).sum() / (reference - other).pow(2).sum()))
+
+
+# -- the arithmetic ------------------------------------------------------------------------------------------------
+
+
+def test_rounding_is_half_to_even_and_saturates():
+    x = torch.tensor([0.5, 1.5, 2.5, -0.5, -1.5, 1e9, -1e9])
+    assert quantize(x, 1.0, 10, torch.uint8).tolist() == [10, 12, 12, 10, 8, 255, 0]
+    assert dequantize(quantize(x[:5], 1.0, 10, torch.uint8), 1.0, 10).tolist() == [0, 2, 2, 0, -2]
+
+
+def test_weights_are_symmetric_per_channel_within_half_a_step():
+    weight = torch.randn(6, 4, 3, 3) * torch.tensor([1e-3, 1, 10, 0, 5, 1e2]).reshape(-1, 1, 1, 1)
+    scales = weight_scales(weight, TARGET.weight, "minmax")
+    q = quantize_weight(weight, scales)
+    assert q.dtype is torch.int8
+    assert q.abs().max() <= 127
+    error = (q.float() * scales.reshape(-1, 1, 1, 1) - weight).abs()
+    assert (error <= scales.reshape(-1, 1, 1, 1) * 0.5001).all()
+
+
+def test_mse_weights_have_no_larger_error():
+    weight = torch.rand(4, 20_000) - 0.5
+    weight[:, 0] = 0.6  # a little clipping pays here
+    errors = {}
+    for rule in ("minmax", "mse"):
+        scales = weight_scales(weight, TARGET.weight, rule)
+        errors[rule] = ((quantize_weight(weight, scales).float() * scales[:, None] - weight) ** 2).sum(1)
+    assert (errors["mse"] <= errors["minmax"] * 1.0001).all()
+    assert (errors["mse"] < errors["minmax"]).any()
+
+
+# -- annotation ----------------------------------------------------------------------------------------------------
+
+
+def test_what_is_annotated():
+    program = prepared()
+    count, reasons = annotate_program(program, TARGET)
+    kinds = {str(n.target).split(".")[1] for n in program.graph.nodes if annotation(n) is not None}
+    assert {"conv2d", "linear", "add", "mul", "cat", "sigmoid", "adaptive_avg_pool2d", "constant_pad_nd", "flatten"} <= kinds
+    assert reasons == []
+    assert count >= 14
+
+
+def test_float_layers_are_named_with_the_reason():
+    class Odd(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.up = nn.ConvTranspose2d(3, 4, 2, 2)
+            self.conv = nn.Conv2d(4, 4, 1)
+
+        def forward(self, x):
+            return self.conv(self.up(x))
+
+    program = prepared(Odd())
+    _, reasons = annotate_program(program, TARGET)
+    assert len(reasons) == 1
+    assert reasons[0].startswith("up stays in float: ONNX Runtime has no integer ConvTranspose")
+
+
+def test_nothing_to_quantize_is_an_error():
+    with pytest.raises(QuantizationError, match="nothing of this program"):
+        quantized(prepared(nn.Sequential(nn.Tanh())))
+
+
+def test_arithmetic_between_float_ops_stays_float():
+    class Residual(nn.Module):
+        def forward(self, x):
+            return torch.tanh(torch.tanh(x) + x)
+
+    program = fxpress.capture(Residual(), torch.randn(2, 3))
+    assert annotate_program(program, TARGET)[0] == 0
+
+
+# -- folding -------------------------------------------------------------------------------------------------------
+
+
+def test_folded_program_holds_integers_under_the_users_names():
+    program = quantized()
+    state = program.state_dict()
+    assert state["wide.weight"].dtype is torch.int8
+    assert state["wide.bias"].dtype is torch.int32
+    assert state["wide.weight_scale"].shape == (12,)
+    assert not [n for n, _ in program.named_parameters()], "no float parameter is left"
+    counts = op_counts(program)
+    assert "aten.hardtanh.default" not in counts, "ReLU6 is absorbed"
+    assert "fxpress.observe.default" not in counts
+
+
+def test_simulation_is_close_to_float_and_equal_to_the_runtime_within_a_step():
+    program = prepared()
+    int8 = quantized(program)
+    (x,) = batches(1, 16)[0]
+    assert sqnr(program(x), int8(x)) > 20
+    parity = check_layers(int8, (x,))
+    assert parity.max_steps <= 1
+    assert parity.share_equal > 0.999
+
+
+def test_every_rule_and_the_steps_one_by_one_agree():
+    program = prepared()
+    for rule in ("minmax", "moving-average", "mse"):
+        whole = quantized(program, f"quantize{{ranges={rule}}}")
+        steps = quantized(program, f"annotate,observe{{ranges={rule}}},calibrate,fold")
+        (x,) = batches(1)[0]
+        assert torch.equal(whole(x), steps(x))
+        assert sqnr(program(x), whole(x)) > 10
+
+
+def test_auto_takes_the_best_rule_and_says_so():
+    program = prepared()
+    notes = " ".join(quantized(program).log[-1].notes)
+    assert "ranges by" in notes
+    assert notes.count(" dB") == 3
+
+
+def test_result_does_not_depend_on_batching():
+    """Up to the last bits: the float layers themselves sum in another order at another batch size."""
+    program = prepared()
+    data = torch.cat([b[0] for b in batches()])
+    for rule in ("minmax", "mse", "moving-average"):
+        found = []
+        for size in (1, 5, 16):
+            int8 = quantized(program, f"quantize{{ranges={rule}}}", [(d,) for d in data.split(size)])
+            nodes = [n for n in int8.graph.nodes if n.target is torch.ops.fxpress.quantize.default]
+            found.append([n.args[1] for n in nodes])
+        for other in found[1:]:
+            assert other == pytest.approx(found[0], rel=1e-5)
+
+
+def test_argument_program_is_untouched():
+    program = prepared()
+    before = program.text()
+    quantized(program)
+    assert program.text() == before
+
+
+def test_shared_weights_are_quantized_for_each_reader():
+    class Shared(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.conv = nn.Conv2d(3, 3, 3, padding=1)
+
+        def forward(self, x):
+            return self.conv(torch.relu(self.conv(x) * 4))
+
+    module = Shared().eval()
+    program = run_passes(fxpress.capture(module, torch.randn(2, 3, 16, 16)), PREPARE)
+    int8 = quantized(program)
+    (x,) = batches(1)[0]
+    assert sqnr(program(x), int8(x)) > 20
+    lower(int8)
+
+
+def test_a_dead_channel_does_not_overflow_its_bias():
+    module = nn.Sequential(nn.Conv2d(3, 4, 1), nn.Conv2d(4, 4, 1)).eval()
+    with torch.no_grad():
+        module[0].weight[0] = 1e-20
+        module[0].bias[0] = 3.0
+    program = run_passes(fxpress.capture(module, torch.randn(2, 3, 16, 16)), PREPARE)
+    int8 = quantized(program)
+    (x,) = batches(1)[0]
+    assert sqnr(program(x), int8(x)) > 25
+
+
+def test_quantized_programs_are_saved_and_loaded(tmp_path):
+    int8 = quantized()
+    int8.save(tmp_path / "int8.pt2")
+    (x,) = batches(1)[0]
+    loaded = fxpress.Program.load(tmp_path / "int8.pt2")
+    assert torch.equal(loaded(x), int8(x))
+    assert lower(loaded).SerializeToString()
+
+
+# -- what can go wrong ---------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("pipeline", "ctx", "error", "message"),
+    [
+        ("quantize", Context(calibration=batches()), QuantizationError, "needs a target"),
+        ("quantize", Context(target=TARGET), DataError, "needs calibration data"),
+        ("quantize", Context(target=TARGET, calibration=[]), DataError, "empty"),
+        ("annotate,observe,fold", Context(target=TARGET, calibration=batches()), QuantizationError, "seen no data"),
+        ("calibrate", Context(target=TARGET, calibration=batches()), QuantizationError, "no observers"),
+    ],
+)
+def test_mistakes_are_explained(pipeline, ctx, error, message):
+    with pytest.raises(error) as caught:
+        PassManager(pipeline).run(prepared(), ctx)
+    assert message in str(caught.value)
+    assert "hint:" in str(caught.value)
+
+
+def test_nan_in_data_and_in_weights():
+    bad = [(torch.full((2, 3, 16, 16), float("nan")),)]
+    with pytest.raises(FxpressError, match="NaN"):
+        quantized(data=bad)
+    program = prepared()
+    with torch.no_grad():
+        dict(program.named_parameters())["wide.weight"][0] = float("nan")
+    with pytest.raises(FxpressError, match="NaN"):
+        quantized(program)
