@@ -97,6 +97,16 @@ def test_weights_are_referenced_and_shared() -> None:
     assert weight.__array_interface__["data"][0] == program.state_dict()["weight"].data_ptr()
 
 
+@pytest.mark.parametrize("opset", [21, 22, 23])
+def test_other_opsets_run(opset: int) -> None:
+    layer = nn.Sequential(nn.TransformerEncoderLayer(8, 2, 16, batch_first=True), nn.Flatten(), nn.Softplus()).eval()
+    program = capture(layer, torch.randn(2, 5, 8))
+    model = lower(program, opset=opset)
+    onnx.checker.check_model(model, full_check=True)
+    x = torch.randn(3, 5, 8)
+    assert np.allclose(make_session(model).run(x.numpy())[0], program(x).detach().numpy(), atol=1e-5)
+
+
 def test_training_mode_and_unknown_opset_are_errors() -> None:
     program = capture(Net(), torch.randn(2, 3, 8, 8))
     with pytest.raises(LoweringError, match="opset 7"):

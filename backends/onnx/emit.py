@@ -121,7 +121,6 @@ class Emitter:
         """Write a node with several outputs. Attributes that are None are left out."""
         stem = self.node.name if self.node is not None else op_type.lower()
         values = [ir.Value(name=self.unique(f"{stem}.{op_type}")) for _ in range(outputs)]
-        given = {k: v for k, v in attributes.items() if v is not None}
         operands = [i.value if isinstance(i, Operand) else i for i in inputs]
         while operands and operands[-1] is None:
             operands.pop()
@@ -130,7 +129,7 @@ class Emitter:
                 "",
                 op_type,
                 operands,
-                ir.convenience.convert_attributes(given) if given else (),
+                [_attribute(k, v) for k, v in attributes.items() if v is not None],
                 outputs=values,
                 name=_take(self._layer or op_type, self._node_names),
                 metadata_props=dict(self._metadata),
@@ -143,9 +142,8 @@ class Emitter:
     def initializer(self, name: str, tensor: torch.Tensor) -> ir.Value:
         """A named initializer over the tensor's own memory."""
         name = self.unique(name)
+        onnx_type(tensor.dtype)  # raises for a dtype without lowering
         value = ir.Value(name=name, const_value=_wrap(tensor, name))
-        value.shape = ir.Shape(list(tensor.shape))
-        value.type = ir.TensorType(onnx_type(tensor.dtype))
         self.initializers[value] = None
         return value
 
@@ -250,6 +248,17 @@ class Emitter:
     def filled(self, number: Number, dtype: torch.dtype, shape: Sequence[Size]) -> ir.Value:
         """A tensor of one repeated number."""
         return self.op("Expand", self.number(number, dtype), self.sizes(shape)) if shape else self.number(number, dtype)
+
+
+def _attribute(name: str, value: Any) -> ir.Attr:
+    """An ONNX attribute from a Python value. (onnx-ir's own conversion tries every protocol it knows: far slower.)"""
+    if isinstance(value, str):
+        return ir.AttrString(name, value)
+    if isinstance(value, float):
+        return ir.AttrFloat32(name, value)
+    if isinstance(value, int):
+        return ir.AttrInt64(name, int(value))
+    return ir.AttrStrings(name, value) if isinstance(value[0], str) else ir.AttrInt64s(name, value)
 
 
 def _take(name: str, taken: set[str]) -> str:

@@ -32,7 +32,7 @@ def mean(g: Emitter, x: Operand, dtype: torch.dtype | None, dim: Dims = None, ke
     """GlobalAveragePool where all but the first two dimensions are averaged (it has an integer kernel)."""
     axes = _axes(g, x, dim)
     value = g.cast(x, g.result.dtype)
-    if x.rank in (3, 4, 5) and axes == list(range(2, x.rank)):
+    if x.rank in (4, 5) and axes == list(range(2, x.rank)):
         pooled = g.op("GlobalAveragePool", value)
         ones: list[Size] = [1] * (x.rank - 2)
         return pooled if keepdim else g.reshape(pooled, [*x.shape[:2], *ones], g.result.shape)
