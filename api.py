@@ -4,15 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import onnx
 import torch
 
 from .backends.onnx.lower import lower
 from .backends.targets import load_target
-from .compilation import Progress, Settings, Stages, compile_program
-from .errors import OptionError
+from .compilation import QUANTIZERS, Progress, Settings, Stages, compile_program
+from .errors import DataError, OptionError
 from .frontend.batches import Batches, as_batches
 from .frontend.capture import capture
 from .frontend.preprocess import Preprocess
@@ -22,11 +22,10 @@ from .passes.base import Context
 from .passes.manager import PassManager
 from .passes.pipeline import make_pass
 from .passes.prune.plan import PruningPlan
+from .passes.quantize.passes import Ranges
 from .recipe import DEFAULT, parse_drop, resolve_passes
 from .runtime.artifact import Artifact, check_output
 from .runtime.evaluate import Evaluate
-
-Ranges = Literal["minmax", "moving-average", "mse"]
 
 
 def compile(
@@ -78,6 +77,8 @@ def compile(
         dump=Path(dump) if dump else None,
         progress=progress,
     )
+    if calibration is None and any(p.name in QUANTIZERS for p in settings.passes):
+        raise DataError("quantization needs calibration data", hint="give calibration (--data), or the recipe float")
     if output is not None:
         check_output(output)
     stages = Stages(progress)
@@ -92,7 +93,7 @@ def compile(
 
 
 def quantize(
-    program: Program, calibration: Iterable[Any], target: str = "ort-x86", ranges: Ranges = "mse", seed: int = 0
+    program: Program, calibration: Iterable[Any], target: str = "ort-x86", ranges: Ranges = "auto", seed: int = 0
 ) -> Program:
     """A quantized copy of `program`, which still runs in PyTorch. BatchNorm should be fused before.
 

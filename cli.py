@@ -76,7 +76,7 @@ def compile_(
     input_size: InputSize = None,
     preprocess: PreprocessName = None,
     samples: Annotated[
-        int | None, typer.Option(min=1, help="use that many examples of each DATA, evenly spaced")
+        int | None, typer.Option(min=1, help="calibrate on that many examples, evenly spaced")
     ] = None,
     target: TargetName = "ort-x86",
     prune: Annotated[str | None, typer.Option(metavar="OPTIONS", help="for example macs=0.5,importance=l2")] = None,

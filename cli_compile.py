@@ -53,9 +53,8 @@ def compile_model(request: Request, as_json: bool) -> int:
     check_output(request.output)
     source = resolve_source(request.model, request.weights, request.seed)
     loading = resolve_loading(source, request)
-    data, judged = (resolve_data(text, loading) for text in (request.data, request.eval_data))
-    if judged is not None and judged.labelled is False:
-        raise OptionError(f"{judged.name} has no labels, so --eval has no effect", hint="give labelled data")
+    data = resolve_data(request.data, dataclasses.replace(loading, samples=request.samples))
+    judged = resolve_judge(request, loading)
     args, kwargs = resolve_example(source, request.input_size, data, request.seed)
     with progress_display() as progress:
         artifact = compile(
@@ -107,13 +106,15 @@ def resolve_loading(source: Source, request: Request) -> Loading:
     from .frontend.data import Loading
     from .frontend.preprocess import load_preprocess
 
+    if request.samples is not None and request.data is None:
+        raise OptionError("--samples has no effect without --data", hint="leave it out, or give data")
     asked = load_preprocess(request.preprocess) if request.preprocess else None
     if asked is not None and request.data is None and request.eval_data is None:
         raise OptionError("--preprocess has no effect without --data or --eval", hint="leave it out, or give data")
     fallback = source.preprocess
     if fallback is not None and request.input_size:
         fallback = _resized(fallback, parse_size(request.input_size))
-    return Loading(asked, fallback, samples=request.samples)
+    return Loading(asked, fallback)
 
 
 def resolve_data(text: str | None, loading: Loading) -> Data | None:
@@ -121,6 +122,16 @@ def resolve_data(text: str | None, loading: Loading) -> Data | None:
     from .frontend.data import open_data
 
     return open_data(text, loading) if text else None
+
+
+def resolve_judge(request: Request, loading: Loading) -> Data | None:
+    """The labelled data of --eval."""
+    judged = resolve_data(request.eval_data, loading)
+    if judged is not None and judged.labelled is False:
+        raise OptionError(f"{judged.name} has no labels, so --eval has no effect", hint="give labelled data")
+    if judged is not None and request.eval_data == request.data:
+        warn("--data and --eval are the same: the metric is judged on what calibrated the model")
+    return judged
 
 
 def used_preprocess(data: Data | None, judged: Data | None, loading: Loading) -> Preprocess | None:

@@ -3,7 +3,7 @@
     passes -> lower -> verify -> evaluate -> benchmark -> report
 
 The float model that everything is compared with is the one that was captured, unpruned; as an ONNX file it is written
-after `cleanup,fuse-batchnorm`, so that its latency is the best that float offers.
+after cleanup and BatchNorm fusion, so that its latency is the best that float offers.
 """
 
 from __future__ import annotations
@@ -20,14 +20,15 @@ from typing import Any
 import numpy as np
 import onnx
 import torch
+from torch import fx
 
 from .backends.coverage import Coverage, float_reasons, measure_coverage
 from .backends.onnx.lower import lower
 from .errors import VerificationError
 from .frontend.batches import Batches
-from .frontend.cost import count_macs
+from .frontend.cost import count_macs, op_name
 from .frontend.preprocess import Preprocess
-from .frontend.program import Program, StageRecord
+from .frontend.program import Program, StageRecord, module_path
 from .passes.base import Context, Pass
 from .passes.manager import PassManager, run_passes
 from .passes.memory import peak_memory
@@ -46,9 +47,9 @@ from .runtime.report.environment import installed
 from .runtime.session import Session, make_session
 from .runtime.verify import LayerParity, LayerRow, Parity, check_layers, check_parity, layer_table
 
-FLOAT_PIPELINE = "cleanup,fuse-batchnorm"
+FLOAT_PIPELINE = "cleanup,canonicalize,fuse-batchnorm"
 # From the first of these on, layers are compared with the program as it was before.
-_QUANTIZERS = ("quantize", "annotate", "observe")
+QUANTIZERS = ("quantize", "annotate", "observe", "calibrate")
 _JUDGED_EXAMPLES = 8
 _SQNR_LIMIT = 200.0
 
@@ -164,7 +165,7 @@ def transform(
     """Run the pipeline, keeping the program as it was just before quantization."""
     context = Context(settings.target, batches, evaluate, settings.seed, settings.progress)
     passes = list(settings.passes)
-    cut = next((i for i, p in enumerate(passes) if p.name in _QUANTIZERS), len(passes))
+    cut = next((i for i, p in enumerate(passes) if p.name in QUANTIZERS), len(passes))
     known = len(program.log)
 
     def run(part: list[Pass], before: Program, first: int) -> Program:
@@ -202,7 +203,27 @@ def judge_layers(compiled: Compiled, real: tuple[torch.Tensor, ...]) -> tuple[La
     """Each quantized layer on its own, and the table of layers; nothing where nothing is quantized."""
     if compiled.floating is None:
         return None, []
-    return check_layers(compiled.final, real), layer_table(compiled.floating, compiled.final, real)
+    rows = layer_table(compiled.floating, compiled.final, real)
+    return check_layers(compiled.final, real), named_by_module(rows, compiled.floating)
+
+
+def named_by_module(rows: list[LayerRow], program: Program) -> list[LayerRow]:
+    """Rows by the names of the user's modules ("layer1.0.conv1"); the node's name is added where several share one."""
+    nodes = {n.name: n for n in program.graph.nodes}
+    modules = [module_path(_computing(nodes[r.name], r.op)) if r.name in nodes else "" for r in rows]
+    return [
+        dataclasses.replace(
+            row, name=path if path and modules.count(path) == 1 else "/".join(filter(None, (path, row.name)))
+        )
+        for row, path in zip(rows, modules)
+    ]
+
+
+def _computing(node: fx.Node, op: str) -> fx.Node:
+    """The node that does the work of a row: the row ends in an activation that the op before it absorbed."""
+    if op_name(node) == f"aten.{op}":
+        return node
+    return next((n for n in node.all_input_nodes if op_name(n) == f"aten.{op}"), node)
 
 
 def judge_coverage(model: onnx.ModelProto, compiled: Compiled, target: Target) -> Coverage:

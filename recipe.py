@@ -31,8 +31,12 @@ class Recipe:
 RECIPES = {
     r.name: r
     for r in (
-        Recipe("int8", "fuse BatchNorm, quantize to INT8 by the target's table", "cleanup,fuse-batchnorm,quantize"),
-        Recipe("float", "fuse BatchNorm, stay in float", "cleanup,fuse-batchnorm"),
+        Recipe(
+            "int8",
+            "fuse BatchNorm, quantize to INT8 by the target's table",
+            "cleanup,canonicalize,fuse-batchnorm,quantize",
+        ),
+        Recipe("float", "fuse BatchNorm, stay in float", "cleanup,canonicalize,fuse-batchnorm"),
     )
 }
 DEFAULT = "int8"

@@ -7,8 +7,10 @@ left out. What cannot be captured is an error that names the user's source line 
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import inspect
+import io
 import logging
 import traceback
 import warnings
@@ -88,7 +90,7 @@ def _checked_inputs(
     kwargs = dict(kwargs or {})
     tensors = [x for x in pytree.tree_leaves((args, kwargs)) if isinstance(x, torch.Tensor)]
     if not tensors:
-        raise DataError("the example inputs hold no tensor", hint="pass at least one example tensor, such as torch.randn(2, 3, 224, 224)")
+        raise DataError("the example inputs hold no tensor", hint="pass one at least: torch.randn(2, 3, 224, 224)")
     for tensor in tensors:
         if tensor.is_floating_point() and not torch.isfinite(tensor).all():
             raise DataError("the example inputs hold NaN or infinity", hint="check how they were loaded")
@@ -249,13 +251,12 @@ def _drop_counters(graph_module: fx.GraphModule) -> None:
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """torch.export logs and warns a lot about things that are checked here anyway."""
-    logger = logging.getLogger("torch.export")
-    level = logger.level
-    logger.setLevel(logging.ERROR)
+    """torch.export logs, warns and prints much about what is checked here anyway, or ends in an error of ours."""
+    disabled = logging.root.manager.disable
+    logging.disable(logging.WARNING)
     try:
-        with warnings.catch_warnings():
+        with warnings.catch_warnings(), contextlib.redirect_stderr(io.StringIO()):
             warnings.simplefilter("ignore")
             yield
     finally:
-        logger.setLevel(level)
+        logging.disable(disabled)

@@ -175,17 +175,20 @@ def load_callable(owner: str, name: str) -> Any:
 
 
 def load_file(path: Path) -> ModuleType:
-    """Import a user's .py file once per content and path. Its folder is importable while it loads."""
+    """Import a user's .py file, anew where it has changed. Its folder is importable while it loads."""
     if not path.is_file():
         raise SourceError(f"no such file: {path}", hint="check the path; relative ones start at the current folder")
-    digest = hashlib.sha256(str(path.resolve()).encode() + path.read_bytes()).hexdigest()[:12]
-    name = f"fxpress_user_{path.stem}_{digest}".replace("-", "_")
-    if name in sys.modules:
+    digest = hashlib.sha256(path.read_bytes()).hexdigest()
+    # By path alone, so that a changed file's passes take the place of its older ones.
+    place = hashlib.sha256(str(path.resolve()).encode()).hexdigest()[:12]
+    name = f"fxpress_user_{path.stem}_{place}".replace("-", "_")
+    if name in sys.modules and getattr(sys.modules[name], "__digest__", None) == digest:
         return sys.modules[name]
     spec = importlib.util.spec_from_file_location(name, path)
     assert spec is not None
     assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
+    module.__digest__ = digest  # type: ignore[attr-defined]
     sys.modules[name] = module
     sys.path.insert(0, str(path.resolve().parent))
     try:

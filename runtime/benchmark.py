@@ -27,7 +27,7 @@ def compare_latency(
     inputs: tuple[np.ndarray, ...],
     second_inputs: tuple[np.ndarray, ...] | None = None,
     *,
-    seconds: float = 2.0,
+    seconds: float = 1.0,
     least: int = 11,
 ) -> Timing:
     """Run both in turns for about `seconds` (at least `least` pairs each, after a warm-up) on the same inputs."""

@@ -97,7 +97,7 @@ def test_the_figures_are_those_of_the_files(tiny_folder, tiny_module):
     assert report["float"]["macs"] == report["compiled"]["macs"] == 64 * (3 * 16 * 9 + 16 * 16 * 9) + 16 * 5
     assert report["metric"] == {"name": "top-1", "count": 64}
     assert report["float"]["metric"] == 1.0
-    assert [s["pass"] for s in report["stages"]][:5] == ["capture", "data", "cleanup", "fuse-batchnorm", "quantize"]
+    assert [s["pass"] for s in report["stages"]][:4] == ["capture", "data", "cleanup", "canonicalize"]
 
 
 def test_a_pruned_model_reports_groups_and_what_is_pinned(tiny_module, tiny_data):

@@ -4,18 +4,17 @@ from __future__ import annotations
 
 import zipfile
 
+import fxpress
 import numpy as np
 import pytest
 import torch
-from PIL import Image
-from torch import nn
-from torch.utils.data import DataLoader, TensorDataset
-
-import fxpress
 from fxpress.errors import DataError, OptionError
 from fxpress.frontend.batches import as_batches
 from fxpress.frontend.data import Loading, open_data, spaced
 from fxpress.frontend.preprocess import PRESETS, Preprocess, imagenet_like, load_preprocess
+from PIL import Image
+from torch import nn
+from torch.utils.data import DataLoader, TensorDataset
 
 PLAIN = Preprocess(scale=1 / 255)
 
@@ -330,7 +329,7 @@ def test_data_that_do_not_fit(program, data, message, hint):
 
 def test_nan_is_found_in_every_batch_not_only_the_first(program):
     batches = as_batches(program, [X, NAN])
-    with pytest.raises(DataError, match="batch 1 .* NaN"):
+    with pytest.raises(DataError, match=r"batch 1 .* NaN"):
         list(batches)
 
 

@@ -4,16 +4,15 @@ from __future__ import annotations
 
 import sys
 
+import fxpress
 import pytest
 import torch
-from safetensors.torch import save_file
-from torch import nn
-
-import fxpress
 from fxpress.errors import SourceError, WeightsError
 from fxpress.frontend.preprocess import Preprocess
 from fxpress.frontend.sources import load_file, load_source
 from fxpress.frontend.weights import find_state_dict, load_weights
+from safetensors.torch import save_file
+from torch import nn
 
 MODEL_FILE = """
 import torch
@@ -198,7 +197,7 @@ def test_what_does_not_fit_is_listed(tmp_path):
 def test_weights_that_are_not_finite(tmp_path):
     state = small().state_dict()
     state["0.bias"][1] = float("nan")
-    with pytest.raises(WeightsError, match="0.bias"):
+    with pytest.raises(WeightsError, match=r"0\.bias"):
         load_weights(small(), saved(tmp_path, state))
 
 
