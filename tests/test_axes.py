@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import itertools
+
 import numpy as np
 import pytest
+from fxpress.passes.prune.axes import FIXED, Atoms, Reason, Vector
 from hypothesis import given, settings
 from hypothesis import strategies as st
-
-from fxpress.passes.prune.axes import FIXED, Atoms, Reason, Vector
 
 WHY = Reason("test")
 
@@ -227,6 +228,6 @@ def test_work_is_linear(size: int) -> None:
     """Chains of unions over long vectors stay fast: many rounds of pairwise merging would not."""
     atoms = Atoms()
     vectors = [atoms.fresh(size) for _ in range(50)]
-    for a, b in zip(vectors, vectors[1:]):
+    for a, b in itertools.pairwise(vectors):
         atoms.unify(a, b, WHY)
     assert free(atoms, *vectors) == size

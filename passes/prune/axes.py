@@ -240,12 +240,17 @@ class Atoms:
 
     def _unify_products(self, first: Vector, second: Vector, reason: Reason, whole: bool) -> None:
         """Unify where at least one side may hold products."""
-        if whole and len(first):
-            self._refine(first, second)
+        refined = not whole
         while True:
-            a, b = self.resolve(first), self.resolve(second)
-            a, b = _same_height(a, b)
+            a, b = _same_height(self.resolve(first), self.resolve(second))
+            differ = (a != b).any(axis=0)
+            if not differ.any():
+                return
             differ = (np.sort(a, axis=0) != np.sort(b, axis=0)).any(axis=0)
+            if not refined and differ.all() and (a > 0).sum(0).min() > 1 < (b > 0).sum(0).min():
+                refined = True
+                self._refine(first, second)
+                continue
             first, second, a, b = first[differ], second[differ], a[:, differ], b[:, differ]
             single_a, single_b = (a > 0).sum(0) == 1, (b > 0).sum(0) == 1
             if (single_a & single_b).any():
@@ -320,8 +325,11 @@ def _distinct(slots: list[Vector]) -> Vector:
 
 
 def _same_height(a: Vector, b: Vector) -> tuple[Vector, Vector]:
+    if len(a) == len(b):
+        return a, b
     height = max(len(a), len(b))
-    return tuple(np.pad(x, ((0, height - len(x)), (0, 0))) for x in (a, b))  # type: ignore[return-value]
+    a, b = (np.pad(x, ((0, height - len(x)), (0, 0))) for x in (a, b))
+    return a, b
 
 
 def _compact(slots: Vector) -> Vector:

@@ -79,41 +79,52 @@ def places(analysis: Analysis) -> Iterator[tuple[Place, Vector]]:
             yield from ((Place(name, dim), vector) for dim, vector in enumerate(axes))
 
 
+@dataclass(frozen=True, eq=False)
+class _Occurrence:
+    """The free literals of a dimension, sorted, and how often each occurs. Places that are tied share one."""
+
+    literals: Vector
+    counts: Vector
+
+
 def find_groups(analysis: Analysis) -> list[Group]:
     """All groups of literals that may be removed, by their first place."""
     signature = np.zeros(analysis.atoms.count, dtype=np.uint64)
     numbers = np.random.default_rng(0)
-    found: list[tuple[Place, Vector, Vector]] = []  # place, its free literals, how often each occurs
+    found = [(place, o) for place, o in _occurrences(analysis) if len(o.literals)]
+    for _, occurrence in found:
+        signature[occurrence.literals] += numbers.integers(1, 2**63, dtype=np.uint64)
+    literals = np.flatnonzero(signature)
+    _, index = np.unique(signature[literals], return_inverse=True)
+    number = np.zeros(analysis.atoms.count, dtype=np.int64)
+    number[literals] = index
+    members: dict[int, dict[Place, float]] = {}  # in the order of the first place
+    parts: dict[_Occurrence, dict[int, float]] = {}
+    for place, occurrence in found:
+        if occurrence not in parts:
+            parts[occurrence] = _mean_counts(number[occurrence.literals], occurrence.counts)
+        for group, count in parts[occurrence].items():
+            members.setdefault(group, {})[place] = count
+    return [Group(analysis, literals[index == g], tuple(m), tuple(m.values())) for g, m in members.items()]
+
+
+def _occurrences(analysis: Analysis) -> Iterator[tuple[Place, _Occurrence]]:
+    known: dict[bytes, _Occurrence] = {}
     for place, vector in places(analysis):
-        literals, counts = np.unique(analysis.atoms.resolve(vector), return_counts=True)
-        free = ~analysis.atoms.pinned(literals)
-        literals, counts = literals[free], counts[free]
-        if len(literals):
-            signature[literals] += numbers.integers(1, 2**63, dtype=np.uint64)
-            found.append((place, literals, counts))
-    if not found:
-        return []
-    everything = np.unique(np.concatenate([literals for _, literals, _ in found]))
-    return _collect(analysis, found, everything, signature)
+        slots = analysis.atoms.resolve(vector)
+        key = slots.tobytes()
+        if key not in known:
+            literals, counts = np.unique(slots, return_counts=True)
+            free = ~analysis.atoms.pinned(literals)
+            known[key] = _Occurrence(literals[free], counts[free])
+        yield place, known[key]
 
 
-def _collect(
-    analysis: Analysis, found: list[tuple[Place, Vector, Vector]], everything: Vector, signature: Vector
-) -> list[Group]:
-    _, index = np.unique(signature[everything], return_inverse=True)
-    number = np.full(analysis.atoms.count, -1)
-    number[everything] = index
-    members: list[list[tuple[Place, float]]] = [[] for _ in range(index.max() + 1)]
-    for place, literals, counts in found:
-        groups = number[literals]
-        for group in np.unique(groups):
-            members[group].append((place, float(counts[groups == group].mean())))
-    result = [
-        Group(analysis, everything[index == i], tuple(p for p, _ in places_), tuple(c for _, c in places_))
-        for i, places_ in enumerate(members)
-    ]
-    order = {place: i for i, (place, _, _) in enumerate(found)}
-    return sorted(result, key=lambda g: (order[g.places[0]], int(g.literals[0])))
+def _mean_counts(groups: Vector, counts: Vector) -> dict[int, float]:
+    """Group number -> mean count of its literals."""
+    distinct, index, sizes = np.unique(groups, return_inverse=True, return_counts=True)
+    means = np.bincount(index.ravel(), weights=counts) / sizes
+    return dict(sorted(zip(distinct.tolist(), means.tolist())))
 
 
 def find_pinned(analysis: Analysis) -> list[Pinned]:
