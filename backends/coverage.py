@@ -26,7 +26,7 @@ _LARGE = 4096  # initializers above this many bytes are not needed to infer shap
 
 @dataclass(frozen=True)
 class Island:
-    """A node with MACs that runs in float: its name, op in the optimized graph, MACs at batch 1, why, and what to do."""
+    """A node with MACs that runs in float: name, op in the optimized graph, MACs at batch 1, why, and what to do."""
 
     node: str
     op: str
@@ -127,7 +127,8 @@ def _shapes(model: onnx.ModelProto) -> dict[str, tuple[int, ...]]:
                 dim.dim_value = 1
     for tensor in model.graph.initializer:
         if tensor.ByteSize() > _LARGE:
-            small.graph.input.append(onnx.helper.make_tensor_value_info(tensor.name, tensor.data_type, list(tensor.dims)))
+            form = onnx.helper.make_tensor_value_info(tensor.name, tensor.data_type, list(tensor.dims))
+            small.graph.input.append(form)
         else:
             small.graph.initializer.append(tensor)
     small.graph.output.extend(onnx.ValueInfoProto(name=o.name) for o in model.graph.output)
@@ -152,7 +153,8 @@ def _island(
     stated = next((r for layer, r in reasons.items() if name == layer or name.startswith(f"{layer}/")), None)
     if stated is not None:
         return Island(name, op, macs, stated, "a target whose table has a row for it")
-    weights = set(node.input) & {o for n in graph.node if n.op_type == "DequantizeLinear" for o in n.output} if node else set()
+    dequantized = {o for n in graph.node if n.op_type == "DequantizeLinear" for o in n.output}
+    weights = dequantized & set(node.input) if node else set()
     if weights:
         return Island(
             name, op, macs, "quantized in the model, but the runtime dequantizes it and computes in float",

@@ -22,6 +22,7 @@ from dataclasses import asdict, dataclass
 
 import numpy as np
 import torch
+
 from fxpress.backends.onnx.lower import lower
 from fxpress.frontend.capture import program_from_exported
 from fxpress.frontend.sources import declare_torchvision_operators

@@ -17,8 +17,9 @@ from pathlib import Path
 import torch
 
 sys.path.insert(0, str(Path(__file__).parent))
-import fxpress
 import models as own_models
+
+import fxpress
 from fxpress.frontend.cost import count_macs
 from fxpress.passes.prune.groups import coverage, find_groups, find_pinned
 from fxpress.passes.prune.masking import oracle_error

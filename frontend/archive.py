@@ -29,7 +29,7 @@ def save_program(program: Program, path: Path) -> None:
         handle, temporary = tempfile.mkstemp(suffix=".pt2", dir=path.parent)
         os.close(handle)
     except OSError as error:
-        raise OutputError(f"cannot write {path}: {error.strerror}", hint="choose a folder that you may write to") from error
+        raise OutputError(f"cannot write {path}: {error.strerror}", hint="choose a folder you may write to") from error
     try:
         torch.export.save(exported, temporary, extra_files={_EXTRA: json.dumps(program.metadata())})
         os.replace(temporary, path)

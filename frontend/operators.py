@@ -28,7 +28,8 @@ def quantize(x: torch.Tensor, scale: float, zero_point: int, dtype: torch.dtype)
 
 def dequantize(q: torch.Tensor, scale: float, zero_point: int) -> torch.Tensor:
     """`(q - zero_point) * scale` in float32."""
-    return (q.to(torch.int32) - zero_point).to(torch.float32) * torch.tensor(scale, dtype=torch.float32, device=q.device)
+    factor = torch.tensor(scale, dtype=torch.float32, device=q.device)
+    return (q.to(torch.int32) - zero_point).to(torch.float32) * factor
 
 
 def dequantize_channel(q: torch.Tensor, scale: torch.Tensor, axis: int) -> torch.Tensor:

@@ -119,7 +119,8 @@ class Preprocess:
                 raise OptionError(
                     f"preprocess field {key} is {value!r}", where=where, hint=f"it must be {_type_text(hints[key])}"
                 )
-        return Preprocess(**{k: tuple(v) if isinstance(v, list) else v for k, v in values.items()})
+        fields: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in values.items()}
+        return Preprocess(**fields)
 
     def __str__(self) -> str:
         default = Preprocess()

@@ -19,7 +19,7 @@ class Canonicalize(Pass):
 
     1. An average pool whose window is the whole map is the global pool `adaptive_avg_pool2d(x, 1)`.
     2. A mean over both spatial dims of [N, C, H, W] is the global pool too (flattened where dims are dropped).
-    3. `relu6(x)` and `clamp(x, low, high)` with both bounds are `hardtanh(x, low, high)`; `clamp_min(x, 0)` is `relu(x)`.
+    3. `relu6(x)` and `clamp(x, low, high)` with both bounds are `hardtanh(x, low, high)`; `clamp_min(x, 0)` is `relu`.
     4. `conv2d(padding="valid")` is `conv2d(padding=0)`, and `pad(mode="constant")` is `constant_pad_nd`.
     """
 

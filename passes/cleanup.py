@@ -20,7 +20,13 @@ _DROPOUTS = {
 }
 _COPIES = {aten.contiguous.default, aten.clone.default}
 _CASTS = {aten.to.dtype, aten.to.dtype_layout, aten._to_copy.default, aten.type_as.default, aten.to.device}
-_RANDOM = {aten.rand.default, aten.randn.default, aten.bernoulli.default, aten.rand_like.default, aten.randn_like.default}
+_RANDOM = {
+    aten.rand.default,
+    aten.randn.default,
+    aten.bernoulli.default,
+    aten.rand_like.default,
+    aten.randn_like.default,
+}
 
 
 @register_pass
@@ -110,14 +116,15 @@ def _constant_nodes(graph: fx.Graph) -> dict[fx.Node, None]:
     for node in graph.nodes:
         if node.op == "get_attr" and isinstance(node.meta.get("val"), torch.Tensor):
             constants[node] = None
-        elif node.op == "call_function" and node.target not in _RANDOM:
-            if _is_pure(node) and all(n in constants for n in node.all_input_nodes):
-                constants[node] = None
+        elif node.op == "call_function" and _is_pure(node) and all(n in constants for n in node.all_input_nodes):
+            constants[node] = None
     return constants
 
 
 def _is_pure(node: fx.Node) -> bool:
-    """Dequantized weights stay as they are: folding would undo the quantization."""
+    """Dequantized weights stay as they are: folding would undo the quantization. Random numbers are no constants."""
+    if node.target in _RANDOM:
+        return False
     schema: Any = getattr(node.target, "_schema", None)
     if schema is None:
         return not callable(getattr(node.target, "__wrapped__", None)) and bool(node.all_input_nodes)

@@ -9,7 +9,18 @@ from torch import fx
 
 from ..frontend.program import Program, layer_name
 from .base import INTERFACE, VALUES, Change, Context, Pass, register_pass
-from .rewrite import argument, aten, constant, erase_dead, find, is_op, put_constant, replace, set_argument, update_constant
+from .rewrite import (
+    argument,
+    aten,
+    constant,
+    erase_dead,
+    find,
+    is_op,
+    put_constant,
+    replace,
+    set_argument,
+    update_constant,
+)
 
 CONVS = (aten.conv1d.default, aten.conv2d.default, aten.conv3d.default, aten.conv1d.padding, aten.conv2d.padding)
 TRANSPOSED = (aten.conv_transpose1d.default, aten.conv_transpose2d.input, aten.conv_transpose3d.input)
@@ -28,7 +39,7 @@ class FuseBatchNorm(Pass):
 
     Legal when (1) BatchNorm uses its running statistics, (2) nothing else reads the value in between, (3) the weights
     belong to this layer alone, and, for BatchNorm before a layer, (4) the layer does not pad: padding puts zeros where
-    BatchNorm would have put c. (5) Batch statistics in training mode are data, not constants: such a program is refused.
+    BatchNorm would have put c. (5) Batch statistics in training mode are data, not constants: they are refused.
     What is not fused is reported with its reason.
     """
 

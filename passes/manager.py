@@ -53,6 +53,7 @@ class PassManager:
         program = program.copy()
         if self.dump and self.first == 0:
             write_dump(self.dump, 0, "input", program, Counter())
+        assert not isinstance(self.passes, str)
         for i, item in enumerate(self.passes):
             if self.on_stage:
                 self.on_stage(item.name)

@@ -197,7 +197,7 @@ class _Parser:
 
     def expect(self, mark: str) -> None:
         if not self.accept(mark):
-            kind, token, position = self.next(f"{mark!r}")
+            _, token, position = self.next(f"{mark!r}")
             self._fail(position, f"expected {mark!r}, found {token!r}")
 
     def next(self, what: str) -> tuple[str, str, int]:

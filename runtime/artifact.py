@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import onnx
+from onnx import ModelProto
 
 from ..errors import ArtifactError, OutputError
 from .atomic import check_writable, replace_folder
@@ -33,10 +33,10 @@ class Artifact:
     `path` is the folder it was written to, if it was.
     """
 
-    onnx: onnx.ModelProto
+    onnx: ModelProto
     report: dict[str, Any]
     manifest: Manifest
-    float_onnx: onnx.ModelProto | None = field(default=None, repr=False)
+    float_onnx: ModelProto | None = field(default=None, repr=False)
     path: Path | None = None
 
     @property
@@ -91,7 +91,7 @@ def read_models(folder: str | Path) -> tuple[bytes, bytes]:
     return manifest.verify(folder, FLOAT_MODEL), manifest.verify(folder, MODEL)
 
 
-def _write_model(model: onnx.ModelProto, path: Path) -> None:
+def _write_model(model: ModelProto, path: Path) -> None:
     try:
         path.write_bytes(model.SerializeToString())
     except ValueError as error:  # protobuf's own limit

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from pathlib import Path
 
-import fxpress
 import pytest
 import torch
+from torch import nn
+
+import fxpress
 from fxpress.frontend.sources import declare_torchvision_operators
 from fxpress.runtime.evaluate import Top1
-from torch import nn
 
 # torchvision's compiled operators do not load beside a CPU-only torch; its Python part needs their names. This must
 # happen before any test imports torchvision or timm.

@@ -5,13 +5,14 @@ from __future__ import annotations
 import subprocess
 import sys
 
-import fxpress
 import pytest
 import torch
-from fxpress.errors import DataError, OptionError, OutputError, PipelineError, WeightsError
-from fxpress.recipe import load_recipe, parse_drop, resolve_passes
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
+
+import fxpress
+from fxpress.errors import DataError, OptionError, OutputError, PipelineError, WeightsError
+from fxpress.recipe import load_recipe, parse_drop, resolve_passes
 
 
 def names(passes):

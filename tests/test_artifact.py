@@ -10,8 +10,9 @@ import sys
 import textwrap
 import time
 
-import fxpress
 import pytest
+
+import fxpress
 from fxpress.errors import ArtifactError, OutputError
 from fxpress.runtime.artifact import read_models, read_report
 from fxpress.runtime.atomic import replace_folder

@@ -6,9 +6,10 @@ import itertools
 
 import numpy as np
 import pytest
-from fxpress.passes.prune.axes import FIXED, Atoms, Reason, Vector
 from hypothesis import given, settings
 from hypothesis import strategies as st
+
+from fxpress.passes.prune.axes import FIXED, Atoms, Reason, Vector
 
 WHY = Reason("test")
 

@@ -5,8 +5,9 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
-from fxpress.cli import main
 from torch import nn
+
+from fxpress.cli import main
 
 FILE = """
 import torch

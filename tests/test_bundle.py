@@ -8,9 +8,10 @@ import subprocess
 import sys
 import textwrap
 
-import fxpress
 import numpy as np
 import pytest
+
+import fxpress
 from fxpress.errors import ArtifactError, DataError
 
 TORCHLESS = """

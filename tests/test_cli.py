@@ -6,12 +6,13 @@ import json
 import subprocess
 import sys
 
-import fxpress
 import numpy as np
 import pytest
 import torch
-from fxpress.cli import main
 from PIL import Image
+
+import fxpress
+from fxpress.cli import main
 
 MODEL = """
 import torch

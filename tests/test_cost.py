@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-import fxpress
 import pytest
 import torch
-from fxpress.frontend.cost import cost_table, count_macs, parameter_bytes
 from torch import nn
 from torch.nn import functional as F
+
+import fxpress
+from fxpress.frontend.cost import cost_table, count_macs, parameter_bytes
 
 
 def macs(module: nn.Module, *shape: int, dynamic_batch: bool = True) -> int:

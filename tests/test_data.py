@@ -4,17 +4,18 @@ from __future__ import annotations
 
 import zipfile
 
-import fxpress
 import numpy as np
 import pytest
 import torch
+from PIL import Image
+from torch import nn
+from torch.utils.data import DataLoader, TensorDataset
+
+import fxpress
 from fxpress.errors import DataError, OptionError
 from fxpress.frontend.batches import as_batches
 from fxpress.frontend.data import Loading, open_data, spaced
 from fxpress.frontend.preprocess import PRESETS, Preprocess, imagenet_like, load_preprocess
-from PIL import Image
-from torch import nn
-from torch.utils.data import DataLoader, TensorDataset
 
 PLAIN = Preprocess(scale=1 / 255)
 

@@ -9,6 +9,7 @@ import time
 
 import pytest
 import torch
+
 from fxpress.demo import CALIBRATION, load_digits
 
 

@@ -11,6 +11,8 @@ import onnx
 import pytest
 import torch
 import torch.nn.functional as F
+from torch import nn
+
 from fxpress.backends.onnx import lower as lower_module
 from fxpress.backends.onnx.lower import lower, write
 from fxpress.backends.onnx.table import lowering_rows, row
@@ -18,7 +20,6 @@ from fxpress.errors import DataError, FxpressError, LoweringError, OutputError
 from fxpress.frontend.capture import capture
 from fxpress.frontend.operators import declare_operators
 from fxpress.runtime.session import make_session
-from torch import nn
 
 
 class Call(nn.Module):

@@ -15,11 +15,12 @@ import onnx
 import pytest
 import torch
 import torch.nn.functional as F
+from torch import nn
+
 from fxpress.backends.onnx.lower import lower
 from fxpress.backends.onnx.table import Row, lowering_rows
 from fxpress.frontend.capture import capture
 from fxpress.runtime.session import make_session
-from torch import nn
 
 
 @dataclass

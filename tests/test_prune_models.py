@@ -8,10 +8,11 @@ import time
 from pathlib import Path
 from types import ModuleType
 
-import fxpress
 import numpy as np
 import pytest
 import torch
+
+import fxpress
 from fxpress.frontend.cost import count_macs
 from fxpress.passes.prune.groups import coverage, find_groups
 from fxpress.passes.prune.masking import oracle_error

@@ -5,9 +5,12 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-import fxpress
 import pytest
 import torch
+from torch import nn
+from torch.nn import functional as F
+
+import fxpress
 from fxpress.errors import FxpressError, OptionError, PruningError, VerificationError
 from fxpress.frontend.cost import count_macs
 from fxpress.passes.base import Context
@@ -17,8 +20,6 @@ from fxpress.passes.prune.importance import IMPORTANCES
 from fxpress.passes.prune.masking import oracle_error
 from fxpress.passes.prune.plan import PruningPlan, plan_pruning
 from fxpress.passes.prune.rules import analyze
-from torch import nn
-from torch.nn import functional as F
 
 
 class Block(nn.Module):

@@ -9,17 +9,18 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-import fxpress
 import pytest
 import torch
+from torch import nn
+from torch.nn import functional as F
+
+import fxpress
 from fxpress.frontend.cost import count_macs
 from fxpress.passes.prune.groups import coverage
 from fxpress.passes.prune.masking import in_double, oracle_error
 from fxpress.passes.prune.plan import PruningPlan, plan_pruning
 from fxpress.passes.prune.rules import analyze
 from fxpress.passes.verify import relative_difference
-from torch import nn
-from torch.nn import functional as F
 
 Probe = tuple[nn.Module, tuple[int, ...], tuple[str, ...]]
 PROBES: dict[str, Callable[[], Probe]] = {}

@@ -7,13 +7,14 @@ import re
 import shlex
 from pathlib import Path
 
-import fxpress
 import numpy as np
 import pytest
 import torch
+from torch import nn
+
+import fxpress
 from fxpress.cli import main
 from fxpress.frontend.sources import load_file
-from torch import nn
 
 ROOT = Path(__file__).resolve().parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")

@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import sys
 
-import fxpress
 import pytest
 import torch
+from safetensors.torch import save_file
+from torch import nn
+
+import fxpress
 from fxpress.errors import SourceError, WeightsError
 from fxpress.frontend.preprocess import Preprocess
 from fxpress.frontend.sources import load_file, load_source
 from fxpress.frontend.weights import find_state_dict, load_weights
-from safetensors.torch import save_file
-from torch import nn
 
 MODEL_FILE = """
 import torch

@@ -189,7 +189,7 @@ def test_moves_run_on_eight_bits(name):
 @pytest.mark.parametrize("name", FLOAT)
 def test_float_rows_stay_float_and_their_neighbours_do_not(name):
     module, op, reason = FLOAT[name]
-    quantized, model = compiled(module)
+    _, model = compiled(module)
     got = operators(model)
     assert any(o in got for o in op.split("|")), got
     assert got["QLinearConv"] == 2

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import json
 
-import fxpress
 import numpy as np
 import pytest
 import torch
 from torch import nn
+
+import fxpress
 
 
 # A trained network is all that fxpress starts from. This one is a convolution with BatchNorm and ReLU, a second one

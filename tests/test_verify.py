@@ -12,6 +12,9 @@ import onnx
 import pytest
 import torch
 import torch.nn.functional as F
+from onnx import numpy_helper
+from torch import nn
+
 from fxpress.backends.onnx.lower import lower
 from fxpress.errors import DataError, VerificationError
 from fxpress.frontend.capture import capture
@@ -22,8 +25,6 @@ from fxpress.passes.verify import refresh_values
 from fxpress.runtime.cut import cut_program, quantized_sites
 from fxpress.runtime.feed import random_inputs
 from fxpress.runtime.verify import check_layers, check_parity, differences, layer_table
-from onnx import numpy_helper
-from torch import nn
 
 
 class Net(nn.Module):

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeAlias
 
 import onnx_ir as ir
 import torch
@@ -61,7 +61,7 @@ class Operand:
 
 Input = Operand | ir.Value | None
 # A Python number, or one that is known only at run time.
-Number = int | float | bool | torch.SymInt | torch.SymFloat
+Number: TypeAlias = int | float | bool | torch.SymInt | torch.SymFloat
 
 
 class Emitter:

@@ -6,13 +6,15 @@ whose result type is already the promoted one.
 
 from __future__ import annotations
 
+from typing import TypeAlias
+
 import torch
 from onnx_ir import Value
 
 from .emit import Emitter, Number, Operand
 from .table import row
 
-Term = Operand | Number
+Term: TypeAlias = Operand | Number
 
 
 def _scaled(g: Emitter, other: Term, alpha: Number) -> Value:

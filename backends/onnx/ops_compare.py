@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import TypeAlias
 
 import torch
 from onnx_ir import Value
@@ -10,7 +11,7 @@ from onnx_ir import Value
 from .emit import Emitter, Number, Operand
 from .table import row
 
-Term = Operand | Number
+Term: TypeAlias = Operand | Number
 
 _COMPARISONS = {"eq": "Equal", "lt": "Less", "le": "LessOrEqual", "gt": "Greater", "ge": "GreaterOrEqual"}
 # ONNX Runtime compares these; smaller integers are widened.

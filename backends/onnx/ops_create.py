@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import TypeAlias
 
 import torch
 from onnx_ir import Value
@@ -11,7 +12,7 @@ from .emit import Emitter, Number, Operand
 from .sizes import Size
 from .table import row
 
-Dtype = torch.dtype | None
+Dtype: TypeAlias = torch.dtype | None
 
 
 @row("aten.arange.default", "aten.arange.start", "aten.arange.start_step")

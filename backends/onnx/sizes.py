@@ -8,7 +8,7 @@ same value. Sizes are one-dimensional int64 tensors of one element, ready to be 
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 import torch
 
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
     from .emit import Emitter
 
-Size = int | torch.SymInt
+Size: TypeAlias = int | torch.SymInt
 
 
 def same_size(a: Size, b: Size) -> bool:

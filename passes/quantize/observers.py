@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 
@@ -28,7 +28,7 @@ class Observer(Protocol):
     def observe(self, x: torch.Tensor) -> None:
         """Take in a batch [N, ...] of samples."""
 
-    def merge(self, other: Observer) -> None:
+    def merge(self, other: Any) -> None:
         """Take in what another observer of the same kind saw after this one."""
 
     def params(self, form: NumberFormat) -> QuantParams:

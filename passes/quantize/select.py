@@ -23,8 +23,9 @@ _SAMPLES = 32
 
 
 def choose_ranges(program: Program, target: Target, weight_ranges: str, context: Context) -> list[str]:
-    """Settle on one rule for all `Candidates` in the program. Returns a note for people; [] if nothing was to choose."""
-    candidates = [s.observer for s in sites_of(program).by_key.values() if isinstance(s.observer, Candidates)]
+    """Settle on one rule for all `Candidates` in the program. Returns notes, none if nothing was to choose."""
+    observers = [s.observer for s in sites_of(program).by_key.values()]
+    candidates = [o for o in observers if isinstance(o, Candidates)]
     if not candidates or context.calibration is None:
         return []
     batches = list(_first_samples(context.calibration))
