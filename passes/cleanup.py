@@ -114,9 +114,9 @@ def _constant_nodes(graph: fx.Graph) -> dict[fx.Node, None]:
     """Nodes that depend on no input, in order. A trainable parameter by itself is not arithmetic on constants."""
     constants: dict[fx.Node, None] = {}
     for node in graph.nodes:
-        if node.op == "get_attr" and isinstance(node.meta.get("val"), torch.Tensor):
-            constants[node] = None
-        elif node.op == "call_function" and _is_pure(node) and all(n in constants for n in node.all_input_nodes):
+        stored = node.op == "get_attr" and isinstance(node.meta.get("val"), torch.Tensor)
+        computed = node.op == "call_function" and _is_pure(node) and all(n in constants for n in node.all_input_nodes)
+        if stored or computed:
             constants[node] = None
     return constants
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import pytest
@@ -11,6 +12,10 @@ from torch import nn
 import fxpress
 from fxpress.frontend.sources import declare_torchvision_operators
 from fxpress.runtime.evaluate import Top1
+
+# The networks of the tests are small: more threads only wait for one another, long where the machine is busy.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+torch.set_num_threads(1)
 
 # torchvision's compiled operators do not load beside a CPU-only torch; its Python part needs their names. This must
 # happen before any test imports torchvision or timm.
