@@ -70,12 +70,31 @@ def select(g: Emitter, x: Operand, dim: int, index: Size) -> Value:
 
 @row("aten.slice.Tensor")
 def slice_tensor(g: Emitter, x: Operand, dim: int, start: Size | None, end: Size | None, step: int) -> Value:
-    """Slice; bounds beyond the dimension are clamped in both."""
+    """Slice; bounds beyond the dimension are clamped in both. Slices of several dims in a row are one node."""
     axis = positive(dim, x.rank)
     first, last = 0 if start is None else start, 2**63 - 1 if end is None else end
     if step == 1 and isinstance(first, int) and isinstance(last, int) and is_whole(first, last, x.shape[axis]):
         return x.value
-    return g.op("Slice", x, g.size(first), g.size(last), g.ints([axis]), g.ints([step]))
+    if not isinstance(first, int) or not isinstance(last, int):
+        return g.op("Slice", x, g.size(first), g.size(last), g.ints([axis]), g.ints([step]))
+    source, cuts = x.value.meta.get(_CUTS, (x.value, {}))
+    if axis in cuts or not _only_reader(g):
+        source, cuts = x.value, {}
+    cuts = {**cuts, axis: (first, last, step)}
+    firsts, lasts, steps = (g.ints(list(part)) for part in zip(*cuts.values()))
+    value = g.op("Slice", source, firsts, lasts, g.ints(list(cuts)), steps)
+    value.meta[_CUTS] = (source, cuts)
+    return value
+
+
+# On the output of a Slice: what it cuts from, and (first, last, step) by axis.
+_CUTS = "fxpress.cuts"
+
+
+def _only_reader(g: Emitter) -> bool:
+    """Is the node being lowered the only one that reads its first argument?"""
+    assert g.node is not None
+    return len(g.node.all_input_nodes[0].users) == 1
 
 
 @row("aten.narrow.default")

@@ -1,0 +1,53 @@
+"""Other tools on the same float ONNX file and the same calibration samples, for comparisons in one run."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import logging
+import tempfile
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+
+import numpy as np
+import onnx
+
+
+class _Reader:
+    """What quantize_static wants of calibration data: one feed dict a call, then None."""
+
+    def __init__(self, name: str, samples: Iterable[np.ndarray]) -> None:
+        self.feeds: Iterator[dict[str, np.ndarray]] = iter([{name: s} for s in samples])
+
+    def get_next(self) -> dict[str, np.ndarray] | None:
+        return next(self.feeds, None)
+
+
+def quantize_static_settings() -> dict[str, dict[str, object]]:
+    """The settings that ONNX Runtime's documentation offers for x86: its default, and uint8 activations x int8 weights."""
+    from onnxruntime.quantization import QuantFormat, QuantType
+
+    u8s8 = {"activation_type": QuantType.QUInt8, "weight_type": QuantType.QInt8}
+    return {
+        "static default (S8S8)": {},
+        "static U8S8 per channel": {**u8s8, "per_channel": True},
+        "static U8S8 per tensor": {**u8s8},
+        "static U8S8 per channel, QOperator": {**u8s8, "per_channel": True, "quant_format": QuantFormat.QOperator},
+    }
+
+
+def quantize_static_models(model: onnx.ModelProto, samples: list[np.ndarray]) -> dict[str, onnx.ModelProto]:
+    """ONNX Runtime's `quantize_static` after its own `quant_pre_process`, one model for each setting."""
+    from onnxruntime.quantization import quantize_static
+    from onnxruntime.quantization.shape_inference import quant_pre_process
+
+    results = {}
+    logging.getLogger().setLevel(logging.ERROR)
+    with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stdout(io.StringIO()):
+        source, prepared, result = (str(Path(folder) / f"{n}.onnx") for n in ("float", "prepared", "int8"))
+        onnx.save(model, source)
+        quant_pre_process(source, prepared)
+        for name, options in quantize_static_settings().items():
+            quantize_static(prepared, result, _Reader(model.graph.input[0].name, samples), **options)
+            results[name] = onnx.load(result)
+    return results
