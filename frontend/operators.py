@@ -22,8 +22,8 @@ def quantize(x: torch.Tensor, scale: float, zero_point: int, dtype: torch.dtype)
     """`saturate(round_half_even(x / scale) + zero_point)` in the integer `dtype`."""
     info = torch.iinfo(dtype)
     # A float32 tensor for the scale: dividing by a Python float would multiply by a rounded reciprocal in some kernels.
-    steps = torch.round(x / torch.tensor(scale, dtype=torch.float32, device=x.device))
-    return torch.clamp(steps + zero_point, info.min, info.max).to(dtype)
+    steps = torch.div(x, torch.tensor(scale, dtype=torch.float32, device=x.device))
+    return steps.round_().add_(zero_point).clamp_(info.min, info.max).to(dtype)
 
 
 def dequantize(q: torch.Tensor, scale: float, zero_point: int) -> torch.Tensor:
