@@ -105,9 +105,12 @@ def progress_display() -> Iterator[Progress | None]:
         TimeRemainingColumn(),
     )
     with Display(*columns, console=console(), transient=True) as display:
-        task = display.add_task("start", total=None)
 
         def update(stage: str, done: int, total: int | None) -> None:
-            display.update(task, description=stage, completed=done, total=total)
+            if not display.tasks or display.tasks[0].description != stage:
+                for old in display.task_ids:
+                    display.remove_task(old)
+                display.add_task(stage, total=total)  # a new task, so that the estimate starts anew
+            display.update(display.task_ids[0], completed=done, total=total)
 
         yield update

@@ -241,3 +241,31 @@ def test_help_and_version_do_not_load_torch():
         done = subprocess.run([sys.executable, "-c", script, *arguments], capture_output=True, text=True)
         assert done.returncode == 0, done.stderr
         assert done.stdout
+
+
+def test_progress_is_drawn_on_a_terminal_only(capsys):
+    from fxpress.cli_screen import progress_display
+
+    with progress_display() as progress:
+        assert progress is None  # under pytest stderr is no terminal
+    assert capsys.readouterr().err == ""
+
+
+def test_progress_on_a_terminal(monkeypatch, capsys):
+    import io
+
+    from fxpress.cli_screen import progress_display
+
+    class Terminal(io.StringIO):
+        def isatty(self):
+            return True
+
+    screen = Terminal()
+    monkeypatch.setattr(sys, "stderr", screen)
+    monkeypatch.setenv("TERM", "xterm")
+    with progress_display() as progress:
+        progress("train", 3, 8)
+        progress("calibrate", 256, None)
+        progress("calibrate", 512, 1024)
+    assert "512/1024" in screen.getvalue()
+    assert capsys.readouterr().out == ""
