@@ -86,7 +86,8 @@ def insert_observers(program: Program, ranges: str) -> int:
 
 
 def _add_site(sites: Sites, tensor: fx.Node, ranges: str) -> Site:
-    site = Site(len(sites.by_key), tensor.name, make_observer(ranges))
+    name = (tensor.meta.get("custom") or {}).get("float_name", tensor.name)
+    site = Site(len(sites.by_key), name, make_observer(ranges))
     sites.by_key[site.key] = site
     return site
 
