@@ -7,6 +7,7 @@ import pytest
 import torch
 from torch import nn
 
+import fxpress
 from fxpress.cli import main
 
 FILE = """
@@ -78,7 +79,7 @@ GOOD = ["m.py:make", "--data", "good.npy"]
 CASES = {
     "wrong weights": ([*GOOD, "--weights", "other.pth"], "missing (4): 0.weight"),
     "weights are no checkpoint": ([*GOOD, "--weights", "file"], "cannot read weights"),
-    "weights beside an archive": (["x.pt2", "--data", "good.npy"], "no such file"),
+    "an archive that is not there": (["x.pt2", "--data", "good.npy"], "no such file"),
     "nan in weights": (["m.py:broken", "--data", "good.npy"], "0.weight"),
     "wrong shape": (["m.py:with_inputs", "--data", "small.npy"], "shape [8, 3, 5, 8]"),
     "wrong dtype": (["m.py:with_inputs", "--data", "double.npy"], "dtype float64"),
@@ -193,3 +194,11 @@ def test_mistakes_of_the_other_commands(place, tiny_folder, arguments, message, 
     err = failed([str(tiny_folder) if a == "TINY" else a for a in arguments], capsys)
     assert message in " ".join(err.split())
     assert "hint: " in err
+
+
+def test_weights_beside_an_archive(place, tiny_module, tiny_data, capsys, monkeypatch):
+    monkeypatch.chdir(place)
+    fxpress.capture(tiny_module, (tiny_data[:2],)).save("tiny.pt2")
+    err = failed(["compile", "tiny.pt2", "--weights", "other.pth", "--data", "good.npy", "-o", "out"], capsys)
+    assert "--weights has no effect" in err
+    assert not (place / "out").exists()
