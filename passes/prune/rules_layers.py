@@ -128,6 +128,17 @@ def group_norm(analysis: Analysis, node: fx.Node) -> Axes:
     return x
 
 
+def weight_norm(analysis: Analysis, node: fx.Node) -> Axes:
+    """g * v / |v|, the norm taken over all dimensions but `dim`."""
+    values, scale, dim = analysis.need(node, "v"), analysis.need(node, "g"), argument(node, "dim")
+    for i, (mine, its) in enumerate(zip(values, scale)):
+        if i == dim % len(values):
+            analysis.same(mine, its, node)
+        else:
+            analysis.pin((mine, its), node, "weight_norm takes its norm over this dimension")
+    return values
+
+
 def embedding(analysis: Analysis, node: fx.Node) -> Axes:
     """A table looked up by its rows."""
     weight, indices = analysis.need(node, "weight"), analysis.need(node, "indices")
@@ -172,6 +183,7 @@ LAYER_RULES = {
     **rows("batch_norm instance_norm", channel_norm),
     **rows("layer_norm", layer_norm),
     **rows("group_norm", group_norm),
+    **rows("_weight_norm", weight_norm),
     **rows("embedding", embedding),
     **rows("scaled_dot_product_attention", attention),
 }

@@ -116,8 +116,13 @@ def _tensor_axes(cut: Cut, node: Any) -> Axes:
 
 
 def _new_sizes(cut: Cut, literals: Any, axes: Axes) -> list[Any]:
-    """Size literals, where they are numbers, by the kept sizes of `axes`."""
-    return [cut.size(v) if isinstance(n, int) and n >= 0 else n for n, v in zip(literals, axes)]
+    """Size literals, where they are numbers, by the kept sizes of `axes`.
+
+    A dynamic size that counts removed positions too (batch * heads) becomes -1, and a -1 for a known size that size.
+    """
+    hidden = [not isinstance(n, int) and cut.changed(v) for n, v in zip(literals, axes)]
+    sizes = [cut.size(v) if isinstance(n, int) and (n >= 0 or any(hidden)) else n for n, v in zip(literals, axes)]
+    return [-1 if h else n for h, n in zip(hidden, sizes)]
 
 
 def _rewrite_sizes(cut: Cut, node: fx.Node) -> None:
