@@ -24,7 +24,7 @@ from ..frontend.program import Program, StageRecord
 from .base import VALUES, Change, Context, Pass
 from .memory import peak_memory
 from .pipeline import parse_pipeline, print_pipeline
-from .verify import check_interface, check_structure, check_values
+from .verify import check_interface, check_structure, check_values, follow_weights
 
 
 @dataclass
@@ -51,6 +51,7 @@ class PassManager:
         """Run all passes on a copy of `program` and return it; each adds a `StageRecord` to its log."""
         context = context or Context()
         program = program.copy()
+        follow_weights(program)
         if self.dump and self.first == 0:
             write_dump(self.dump, 0, "input", program, Counter())
         assert not isinstance(self.passes, str)

@@ -9,6 +9,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any
 
 import torch
@@ -16,7 +17,7 @@ from torch import fx
 from torch._dispatch.python import enable_python_dispatcher
 
 from ..errors import PassError
-from ..frontend.program import Program, describe_tensors, source_of
+from ..frontend.program import Program, describe_tensors, dtype_name, source_of
 from .base import INTERFACE, VALUES, Pass
 from .rewrite import erase_unused_state, fake_mode_of
 
@@ -37,9 +38,28 @@ def refresh_values(program: Program, who: str = "refresh") -> None:
     mode = fake_mode_of(program.graph)
     if mode is None:
         return
+    follow_weights(program)
     propagate = _Propagate(program.graph_module, mode, who)
     placeholders = [n for n in program.graph.nodes if n.op == "placeholder"]
     propagate.run_nodes([n.meta.get("val") for n in placeholders])
+
+
+def follow_weights(program: Program) -> None:
+    """After `graph_module.double()` (or half) the weights have another float dtype than capture saw: inputs and outputs
+    are described anew."""
+    dtypes = {p.dtype for p in program.parameters() if p.is_floating_point()}
+    seen = {v.dtype for v in (n.meta["val"] for n in program.tensor_placeholders()) if v.is_floating_point()}
+    if len(dtypes) != 1 or not seen - dtypes:
+        return
+    (dtype,) = dtypes
+    for node in program.tensor_placeholders():
+        if node.meta["val"].is_floating_point():
+            node.meta["val"] = node.meta["val"].to(dtype)
+    old = {dtype_name(d) for d in seen}
+    program.inputs, program.outputs = (
+        tuple(dataclasses.replace(i, dtype=dtype_name(dtype)) if i.dtype in old else i for i in infos)
+        for infos in (program.inputs, program.outputs)
+    )
 
 
 def check_interface(item: Pass, before: Program, after: Program) -> None:

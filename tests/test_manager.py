@@ -111,3 +111,13 @@ def test_a_failure_leaves_a_reproducer(program, tmp_path):
     replayed = fxpress.Program.load(tmp_path / "program.pt2")
     with pytest.raises(PassError, match="cannot run"):
         run_passes(replayed, facts["pipeline"])
+
+
+def test_programs_in_float64_are_followed():
+    module = nn.Sequential(nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4), nn.ReLU()).eval()
+    program = fxpress.capture(module, torch.randn(2, 3, 5, 5))
+    program.graph_module.double()
+    program.example_inputs = tuple(x.double() for x in program.example_inputs)
+    fused = run_passes(program, "cleanup,fuse-batchnorm")
+    x = torch.randn(3, 3, 5, 5, dtype=torch.float64)
+    torch.testing.assert_close(fused(x), module.double()(x), rtol=1e-12, atol=1e-12)
