@@ -59,7 +59,7 @@ def speed(ratio: float | None) -> str:
     """2.5 -> "2.50× faster", 0.8 -> "1.25× slower"."""
     if ratio is None:
         return MISSING
-    return f"{times(ratio)} faster" if ratio >= 1 else f"{times(1 / ratio)} slower"
+    return f"{times(ratio)} faster" if ratio >= 0.995 else f"{times(1 / ratio)} slower"
 
 
 @dataclass(frozen=True)
