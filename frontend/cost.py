@@ -80,12 +80,17 @@ def concrete(size: Any) -> int:
 
 
 class _Sizes:
-    """Shapes at batch 1. A program with a fixed batch is divided by its first size instead."""
+    """Shapes at batch 1.
+
+    A program with a fixed batch is divided by it instead: by the first size of its first input, when all outputs
+    have that first size too.
+    """
 
     def __init__(self, program: Program) -> None:
-        first = program.tensor_placeholders()[0].meta["val"].shape[:1]
-        self.symbol = None if not first or isinstance(first[0], int) else first[0].node.expr
-        self.divisor = first[0] if first and isinstance(first[0], int) else 1
+        first = next(iter(program.tensor_placeholders()[0].meta["val"].shape), 1)
+        self.symbol = None if isinstance(first, int) else first.node.expr
+        outputs = [node.meta["val"].shape[:1] for node in program.output_nodes()]
+        self.divisor = first if isinstance(first, int) and all(tuple(s) == (first,) for s in outputs) else 1
 
     def of(self, node: Any) -> Shape:
         """The shape of a node's tensor at batch 1."""

@@ -71,6 +71,10 @@ def test_a_shared_layer_works_twice_and_weighs_once() -> None:
     assert parameter_bytes(program) == 4 * (4 * 36 + 4 + 8 + 8)
 
 
+def test_an_example_without_a_batch_is_one_example() -> None:
+    assert macs(nn.Conv2d(3, 8, 3, padding=1), 3, 10, 10, dynamic_batch=False) == 8 * 100 * 27
+
+
 def test_names_are_the_users() -> None:
     program = fxpress.capture(Shared().eval(), (torch.randn(2, 4, 6, 6),))
     assert [row.name for row in cost_table(program)] == ["conv", "conv", "norm"]

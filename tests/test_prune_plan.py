@@ -358,6 +358,18 @@ def test_prune_pass_needs_a_budget(program: fxpress.Program) -> None:
         run_passes(program, "prune")
 
 
+def test_prune_pass_checks_its_options(program: fxpress.Program) -> None:
+    with pytest.raises(OptionError, match="round_to is 0"):
+        run_passes(program, "prune{macs=0.5,round_to=0}")
+
+
+def test_a_program_in_training_mode_is_pruned_and_verified(program: fxpress.Program) -> None:
+    training = program.copy().train()
+    result = run_passes(training, "prune{macs=0.5}")
+    assert result.training
+    assert count_macs(result) <= 0.5 * count_macs(program)
+
+
 def test_verify_pruning_needs_something_to_verify(program: fxpress.Program) -> None:
     with pytest.raises(OptionError, match="nothing to verify"):
         run_passes(program, "verify-pruning")

@@ -13,6 +13,8 @@ from .plan import PruningPlan, plan_pruning
 RESULT = "prune"  # the plan, in context.results
 ORIGINAL = "prune.original"  # the program before pruning, for verify-pruning
 
+TOLERANCE = 1e-9  # largest relative difference from the oracle in float64: float reordering, nothing else
+
 
 @register_pass
 @dataclass(frozen=True)
@@ -43,7 +45,7 @@ class Prune(Pass):
             params=self.params,
             ratio=self.ratio,
             importance=self.importance,
-            round_to=self.round_to or getattr(context.target, "round_to", None),
+            round_to=self._rounding(context),
             exclude=self.exclude,
             max_ratio=self.max_ratio,
             seed=context.seed,
@@ -53,8 +55,13 @@ class Prune(Pass):
         program.graph_module = plan.apply(program).graph_module
         notes = [_figures(plan), *plan.notes]
         if self.verify:
-            notes.append(_verified(plan, original, program, VerifyPruning().tolerance_relative, context.seed))
+            notes.append(_verified(plan, original, program, TOLERANCE, context.seed))
         return Change(sum(len(r.removed) for r in plan.removals), notes)
+
+    def _rounding(self, context: Context) -> int | None:
+        if self.round_to is None and context.target is not None:
+            return context.target.round_to
+        return self.round_to
 
 
 @register_pass
@@ -65,7 +72,7 @@ class VerifyPruning(Pass):
     Must directly follow `prune`: what later passes round would count as error of the pruning.
     """
 
-    tolerance_relative: float = 1e-9
+    tolerance_relative: float = TOLERANCE
 
     name = "verify-pruning"
     preserves = frozenset({"interface", "values"})
