@@ -84,6 +84,29 @@ def test_the_own_pass_runs_from_the_command_line(place, capsys, monkeypatch):
     assert (place / "out" / "model.onnx").is_file()
 
 
+def test_the_python_example_runs(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    (text,) = [b for b in blocks("python") if "fxpress.compile" in b]
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(3, 16, 3, stride=4), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(16, 4))
+    images = torch.randn(6, 3, 224, 224)
+    names = {
+        "model": model,
+        "example": images[:2],
+        "loader": [(images, torch.arange(6))],
+        "accuracy": lambda run: float((run(images).argmax(1) == model(images).argmax(1)).float().mean()),
+        "picture": np.random.default_rng(0).integers(0, 256, (300, 280, 3), dtype=np.uint8),
+    }
+    exec(text, names)
+    assert names["scores"].shape == (1, 4)
+    assert "Artifact(Sequential for ort-x86)" in capsys.readouterr().out
+
+
+def test_every_link_leads_somewhere():
+    for target in re.findall(r"\]\(([^)]+)\)", README):
+        assert (ROOT / target).exists(), target
+
+
 def test_every_command_in_the_table_exists(capsys):
     commands = set(re.findall(r"`fxpress (\w+)", README)) | {"targets", "recipes"}
     for command in sorted(commands - {"run_passes"}):
