@@ -237,6 +237,10 @@ def _from_callable(text: str, make: Any) -> Source:
         )
     if isinstance(example, torch.Tensor):
         example = (example,)
+    if example is not None and not isinstance(example, (tuple, list)):
+        raise SourceError(
+            f"{text} returns a model and a {type(example).__name__}", hint="return (module, (input, ...)): a tuple of inputs"
+        )
     if example is None and isinstance(module, Program):
         example = module.example_inputs
     return Source(text.rpartition(":")[2], module, example=tuple(example) if example is not None else None)

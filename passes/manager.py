@@ -19,7 +19,7 @@ from pathlib import Path
 import torch
 
 from .._version import __version__
-from ..errors import FxpressError, PassError
+from ..errors import FxpressError, OutputError, PassError
 from ..frontend.program import Program, StageRecord
 from .base import VALUES, Change, Context, Pass
 from .memory import peak_memory
@@ -113,11 +113,14 @@ def op_counts(program: Program) -> Counter[str]:
 
 def write_dump(folder: Path, index: int, name: str, program: Program, before: Counter[str]) -> None:
     """`NN-name.txt`: op-count differences, then the graph."""
-    folder.mkdir(parents=True, exist_ok=True)
     now = op_counts(program)
     changed = {k: (before[k], now[k]) for k in sorted(before | now) if before[k] != now[k]}
     head = [f"# after {name}", *(f"#   {k}: {a} -> {b}" for k, (a, b) in changed.items()), ""]
-    (folder / f"{index:02d}-{name}.txt").write_text("\n".join(head) + program.text() + "\n", encoding="utf-8")
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / f"{index:02d}-{name}.txt").write_text("\n".join(head) + program.text() + "\n", encoding="utf-8")
+    except OSError as error:
+        raise OutputError(f"cannot dump to {folder}: {error.strerror}", hint="choose a folder you may write to") from error
 
 
 def write_reproducer(path: Path, program: Program, pipeline: str, seed: int) -> None:

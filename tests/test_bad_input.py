@@ -20,6 +20,9 @@ def make():
 def with_inputs():
     return make(), (torch.randn(2, 3, 8, 8),)
 
+def with_dict():
+    return make(), {"input": torch.randn(2, 3, 8, 8)}
+
 def broken():
     module = make()
     with torch.no_grad():
@@ -88,6 +91,8 @@ CASES = {
     "empty data": (["m.py:make", "--data", "none.npy"], "no examples"),
     "an empty iterable": (["m.py:make", "--data", "m.py:empty"], "no examples"),
     "data that fail": (["m.py:make", "--data", "m.py:failing"], "out of disk"),
+    "an unwritable dump": (["m.py:with_inputs", "--data", "good.npy", "--dump", "file/below"], "cannot dump"),
+    "example inputs of the wrong form": (["m.py:with_dict", "--recipe", "float"], "a model and a dict"),
     "no data": (["m.py:with_inputs"], "calibration data"),
     "no inputs": (["m.py:make", "--recipe", "float"], "what inputs"),
     "pixels without a preprocess": (["m.py:make", "--data", "pixels.npz"], "--preprocess"),
