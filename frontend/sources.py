@@ -239,7 +239,7 @@ def _from_callable(text: str, make: Any) -> Source:
         example = (example,)
     if example is not None and not isinstance(example, (tuple, list)):
         raise SourceError(
-            f"{text} returns a model and a {type(example).__name__}", hint="return (module, (input, ...)): a tuple of inputs"
+            f"{text} returns a model and a {type(example).__name__}", hint="return (module, (input, ...))"
         )
     if example is None and isinstance(module, Program):
         example = module.example_inputs

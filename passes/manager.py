@@ -120,7 +120,7 @@ def write_dump(folder: Path, index: int, name: str, program: Program, before: Co
         folder.mkdir(parents=True, exist_ok=True)
         (folder / f"{index:02d}-{name}.txt").write_text("\n".join(head) + program.text() + "\n", encoding="utf-8")
     except OSError as error:
-        raise OutputError(f"cannot dump to {folder}: {error.strerror}", hint="choose a folder you may write to") from error
+        raise OutputError(f"cannot dump to {folder}: {error.strerror}", hint="choose another folder") from error
 
 
 def write_reproducer(path: Path, program: Program, pipeline: str, seed: int) -> None:
