@@ -104,10 +104,9 @@ def make_session(
             providers=[_PROVIDER],
         )
     except Exception as error:  # onnxruntime raises several unrelated classes
-        raise FxpressError(
-            f"ONNX Runtime refuses the model: {_first_line(error)}",
-            hint="report the model: this is a bug of fxpress",
-        ) from error
+        no_kernel = "NOT_IMPLEMENTED" in str(error)
+        hint = "it has no kernel for this element type: use float32" if no_kernel else "report it: a bug of fxpress"
+        raise FxpressError(f"ONNX Runtime refuses the model: {_first_line(error)}", hint=hint) from error
     return Session(inner)
 
 

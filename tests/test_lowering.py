@@ -302,5 +302,8 @@ def test_session_checks_its_inputs() -> None:
             session.run(*bad)
     with pytest.raises(FxpressError, match="refuses"):
         make_session(b"not a model")
+    double = lower(capture(nn.Conv2d(3, 4, 3).double(), torch.randn(2, 3, 8, 8, dtype=torch.float64)))
+    with pytest.raises(FxpressError, match="use float32"):
+        make_session(double)
     with pytest.raises(FxpressError, match="threads"):
         make_session(b"", threads=0)

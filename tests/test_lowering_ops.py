@@ -393,6 +393,11 @@ case("new", lambda x: x.new_zeros(x.shape[0], 2) + x.new_ones(1) + x.new_full((x
 case("sized", lambda x: torch.zeros(x.shape[0], 3) + torch.ones(x.shape[0], 1) + torch.full((3,), 2.0) + x[:, :3], matrix())
 case("batch arithmetic", lambda x: x * (x.shape[0] * 2 + 1) / (x.shape[0] // 2 + 1) + x.shape[0] / 3 + (x.shape[0] % 2), matrix())
 
+case("logit erfc", lambda x: torch.logit(x.sigmoid()) + torch.erfc(x) + torch.logit(x, eps=0.1), matrix(), bound=1e-4)
+case("isfinite nan_to_num", lambda x: (torch.isfinite(x / (x > 0)), torch.nan_to_num(x / (x > 0), 0.5, 7.0, -7.0), torch.nan_to_num(x / (x > 1) * 0)), matrix())
+case("count_nonzero hstack", lambda x: (torch.count_nonzero(x, 1), torch.hstack([x, x]), F.relu(x)), whole(6))
+case("col2im", lambda x: F.fold(x, (4, 5), (2, 3), stride=(1, 2), padding=(1, 0)), torch.randn(2, 12, 10))
+
 # -- overloads that only decomposed or foreign programs have ---------------------------------------------------------
 
 aten = torch.ops.aten

@@ -29,7 +29,6 @@ _SAME = {
     "log": "Log",
     "neg": "Neg",
     "reciprocal": "Reciprocal",
-    "relu": "Relu",
     "sigmoid": "Sigmoid",
     "sign": "Sign",
     "sin": "Sin",
@@ -101,6 +100,18 @@ def expm1(g: Emitter, x: Operand) -> ir.Value:
     return g.op("Sub", g.op("Exp", g.cast(x, g.result.dtype)), g.scalar(1.0, g.result.dtype))
 
 
+@row("aten.logit.default")
+def logit(g: Emitter, x: Operand, eps: float | None) -> ir.Value:
+    """log(x / (1 - x)), x kept within [eps, 1 - eps] where eps is given."""
+    value = x.value if eps is None else clamp(g, x, eps, 1 - eps)
+    return g.op("Log", g.op("Div", value, g.op("Sub", g.scalar(1.0, x.dtype), value)))
+
+
+@row("aten.erfc.default", "aten.special_erfc.default")
+def erfc(g: Emitter, x: Operand) -> ir.Value:
+    return g.op("Sub", g.scalar(1.0, x.dtype), g.op("Erf", x))
+
+
 # -- piecewise linear -----------------------------------------------------------------------------------------------
 
 
@@ -135,6 +146,12 @@ def clamp_max(g: Emitter, x: Operand, max: Number) -> ir.Value:
 @row("aten.hardtanh.default")
 def hardtanh(g: Emitter, x: Operand, min_val: Number, max_val: Number) -> ir.Value:
     return clamp(g, x, min_val, max_val)
+
+
+@row("aten.relu.default")
+def relu(g: Emitter, x: Operand) -> ir.Value:
+    """Relu; ONNX Runtime has no kernel for most integers, but takes their maximum with 0."""
+    return g.op("Relu", x) if x.is_float or x.dtype == torch.int8 else g.op("Max", x, g.scalar(0, x.dtype))
 
 
 @row("aten.relu6.default")

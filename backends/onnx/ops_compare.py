@@ -106,6 +106,22 @@ def isinf(g: Emitter, x: Operand) -> Value:
     return g.op("IsInf", x)
 
 
+@row("aten.isfinite.default")
+def isfinite(g: Emitter, x: Operand) -> Value:
+    return g.op("Not", g.op("Or", g.op("IsNaN", x), g.op("IsInf", x)))
+
+
+@row("aten.nan_to_num.default")
+def nan_to_num(g: Emitter, x: Operand, nan: float | None, posinf: float | None, neginf: float | None) -> Value:
+    """NaN by a number (0), infinities by numbers (the largest of the type)."""
+    limits = torch.finfo(x.dtype)
+    value = g.op("Where", g.op("IsNaN", x), g.scalar(nan or 0.0, x.dtype), x)
+    for sign, number, limit in ((1, posinf, limits.max), (-1, neginf, limits.min)):
+        infinite = g.op("IsInf", value, detect_positive=int(sign > 0), detect_negative=int(sign < 0))
+        value = g.op("Where", infinite, g.scalar(limit if number is None else number, x.dtype), value)
+    return value
+
+
 # -- choice ---------------------------------------------------------------------------------------------------------
 
 

@@ -213,6 +213,11 @@ row("aten.any.default", "aten.any.dim", "aten.any.dims")(_truth("any", "ReduceMa
 row("aten.all.default", "aten.all.dim", "aten.all.dims")(_truth("all", "ReduceMin"))
 
 
+@row("aten.count_nonzero.default", "aten.count_nonzero.dim_IntList")
+def count_nonzero(g: Emitter, x: Operand, dim: Dims = None) -> Value:
+    return _reduce(g, "ReduceSum", g.cast_value(g.cast(x, torch.bool), torch.int64), _axes(g, x, dim), False)
+
+
 @row("aten.topk.default")
 def topk(g: Emitter, x: Operand, k: Size, dim: int, largest: bool, sorted: bool) -> list[Value]:
     return g.ops("TopK", 2, x, g.size(k), axis=positive(dim, x.rank), largest=int(largest), sorted=int(sorted))

@@ -16,13 +16,9 @@ def _reshape_to_result(g: Emitter, x: Operand) -> Value:
     return g.reshape(x, x.shape, g.result.shape)
 
 
-@row("aten.view.default", "aten._unsafe_view.default")
-def view(g: Emitter, x: Operand, size: Sequence[Size]) -> Value:
-    return _reshape_to_result(g, x)
-
-
-@row("aten.reshape.default")
-def reshape(g: Emitter, x: Operand, shape: Sequence[Size]) -> Value:
+@row("aten.reshape.default", "aten.view.default", "aten._unsafe_view.default")
+def reshape(g: Emitter, x: Operand, shape: Sequence[Size] = (), size: Sequence[Size] = ()) -> Value:
+    """Reshape; view calls the shape a size."""
     return _reshape_to_result(g, x)
 
 

@@ -21,6 +21,11 @@ def cat(g: Emitter, tensors: Sequence[Operand], dim: int) -> Value:
     return values[0] if len(values) == 1 else g.op("Concat", *values, axis=positive(dim, g.result.ndim))
 
 
+@row("aten.hstack.default")
+def hstack(g: Emitter, tensors: Sequence[Operand]) -> Value:
+    return cat(g, tensors, 0 if g.result.ndim == 1 else 1)
+
+
 @row("aten.stack.default")
 def stack(g: Emitter, tensors: Sequence[Operand], dim: int) -> Value:
     axis = positive(dim, g.result.ndim)
@@ -156,6 +161,30 @@ def im2col(
     value = g.op("Gather", value, g.constant(tables[1]), axis=4)  # [B, C, kh, oh, kw, ow]
     value = g.op("Transpose", value, perm=[0, 1, 2, 4, 3, 5])
     return g.op("Reshape", value, g.ints([-1, *[int(s) for s in g.result.shape[1:]]]))
+
+
+@row("aten.col2im.default")
+def col2im(
+    g: Emitter,
+    x: Operand,
+    output_size: Sequence[int],
+    kernel_size: Sequence[int],
+    dilation: Sequence[int],
+    padding: Sequence[int],
+    stride: Sequence[int],
+) -> Value:
+    """Col2Im: overlapping windows are summed."""
+    if x.rank != 3:
+        raise g.reject("folding without a batch dimension is not lowered", hint="add a batch dimension")
+    return g.op(
+        "Col2Im",
+        x,
+        g.ints(output_size),
+        g.ints(kernel_size),
+        dilations=list(dilation),
+        pads=[*padding, *padding],
+        strides=list(stride),
+    )
 
 
 def _window_table(size: int, kernel: int, dilation: int, stride: int) -> torch.Tensor:
