@@ -17,11 +17,10 @@ NOT_SHIPPED = ("tests", "docs", "examples", "benchmarks", "build", "dist")
 
 
 def source_files():
-    """Every file of the package as the repository has it: code, types marker, the report's template and style."""
-    files = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True)
-    names = files.stdout.split() if files.returncode == 0 else [str(p.relative_to(ROOT)) for p in ROOT.rglob("*.*")]
-    kept = [n for n in names if n.endswith((".py", ".html", ".css", "py.typed")) and (ROOT / n).is_file()]
-    return {n for n in kept if n.split("/")[0] not in NOT_SHIPPED and not n.startswith(".")}
+    """Every file of the package in the checkout: code, types marker, the report's template and style."""
+    folders = [p for p in ROOT.iterdir() if (p / "__init__.py").is_file() and p.name not in NOT_SHIPPED]
+    files = [p for p in ROOT.iterdir() if p.is_file()] + [p for f in folders for p in f.rglob("*")]
+    return {str(p.relative_to(ROOT)) for p in files if p.name.endswith((".py", ".html", ".css", "py.typed"))}
 
 
 @pytest.fixture(scope="module")
