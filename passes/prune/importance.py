@@ -4,10 +4,10 @@
     relative        = score / (mean score of the group's literals at that place)
     I(literal)      = mean of relative over its places  *  sqrt(number of layers that read it)
 
-The mean over coupled places, and the normalization that lets groups compete under one threshold, follow Fang et al. 2023
-(DepGraph). The last factor says that what is removed from a residual stream is an error at each of its readers, and
-errors of independent layers add in squares. Places in parameters of one dimension (biases, norms) count only where a
-group has no others: the size of a bias says nothing about what its channel carries.
+The mean over coupled places, and the normalization that lets groups compete under one threshold, follow Fang et al.
+2023 (DepGraph). The last factor says that what is removed from a residual stream is an error at each of its readers,
+and errors of independent layers add in squares. Places in parameters of one dimension (biases, norms) count only where
+a group has no others: the size of a bias says nothing about what its channel carries.
 """
 
 from __future__ import annotations
