@@ -15,6 +15,7 @@ from fxpress.errors import PassError
 from fxpress.passes.base import INTERFACE, VALUES
 from fxpress.passes.manager import PassManager, op_counts, run_passes
 from fxpress.passes.rewrite import call_after, find
+from fxpress.passes.verify import relative_difference
 
 aten = torch.ops.aten
 
@@ -121,3 +122,40 @@ def test_programs_in_float64_are_followed():
     fused = run_passes(program, "cleanup,fuse-batchnorm")
     x = torch.randn(3, 3, 5, 5, dtype=torch.float64)
     torch.testing.assert_close(fused(x), module.double()(x), rtol=1e-12, atol=1e-12)
+
+
+class Amplifier(nn.Module):
+    """The logistic map at its chaotic end doubles every rounding error at each turn."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Sequential(nn.Conv2d(4, 4, 1), nn.BatchNorm2d(4))
+
+    def forward(self, x):
+        x = self.layer(x).sigmoid()
+        for _ in range(18):
+            x = 4 * x * (1 - x)
+        return x
+
+
+def test_a_network_that_amplifies_rounding_is_no_fault_of_the_pass():
+    torch.manual_seed(0)
+    module = Amplifier().eval()
+    program = fxpress.capture(module, torch.randn(2, 4, 6, 6))
+    fused = run_passes(program, "fuse-batchnorm")
+    assert relative_difference(fused.call_example()[0], program.call_example()[0]) > 1e-3, "or the test shows nothing"
+    with pytest.raises(PassError, match="preserves values"):
+        run_passes(program, [Wrong()])
+
+
+@dataclass(frozen=True)
+class Wrong(fxpress.Pass):
+    """Change one weight, while declaring that values are preserved."""
+
+    name = "test-wrong"
+    preserves = frozenset({VALUES})
+
+    def run(self, program, context):
+        with torch.no_grad():
+            next(iter(program.parameters())).mul_(1.5)
+        return fxpress.Change(1)

@@ -6,16 +6,13 @@ and weights stay as they are, and each operand that a node contracts is multipli
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import fx
-from torch.utils import _pytree as pytree
 
 from ...errors import VerificationError
 from ...frontend.program import Program
 from ..rewrite import argument, aten, call_before, put_constant, set_argument
-from ..verify import relative_difference
+from ..verify import in_double, relative_difference
 from .slicing import Cut
 
 
@@ -67,19 +64,3 @@ def _random_like(leaf: object, generator: torch.Generator) -> object:
     if isinstance(leaf, torch.Tensor) and leaf.is_floating_point():
         return torch.randn(leaf.shape, generator=generator, dtype=torch.float64)
     return leaf
-
-
-def in_double(program: Program) -> Program:
-    """A copy that computes in float64: weights, and dtype literals that ask for float32."""
-    copy = program.copy()
-    copy.graph_module.double()
-    for node in copy.graph.nodes:
-        if node.op == "call_function":
-            node.args = pytree.tree_map(_widened, node.args)
-            node.kwargs = pytree.tree_map(_widened, dict(node.kwargs))
-    copy.graph_module.recompile()
-    return copy
-
-
-def _widened(value: Any) -> Any:
-    return torch.float64 if value is torch.float32 else value
