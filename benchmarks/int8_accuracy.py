@@ -17,18 +17,19 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-import fxpress
 import numpy as np
 import onnx
 import torch
+from models import cifar_resnet20
+from peers import quantize_static_models
+
+import fxpress
 from fxpress.backends.coverage import measure_coverage
 from fxpress.frontend.data import Loading, open_data
 from fxpress.frontend.preprocess import load_preprocess
 from fxpress.frontend.sources import load_source
 from fxpress.frontend.weights import load_weights
 from fxpress.runtime.session import Session, make_session
-from models import cifar_resnet20
-from peers import quantize_static_models
 
 DATA = Path(__file__).resolve().parents[2] / "shared" / "data"
 
