@@ -21,6 +21,8 @@ from ..passes.quantize.spec import Target
 INTEGER_OPS = frozenset(
     {"QLinearConv", "ConvInteger", "QGemm", "QLinearMatMul", "MatMulInteger", "MatMulIntegerToFloat", "QAttention"}
 )
+_RECURRENT = ("LSTM", "GRU", "RNN")
+_COUNTED = ("Conv", "ConvTranspose", "Gemm", "MatMul", "Einsum", *_RECURRENT)
 _LARGE = 4096  # initializers above this many bytes are not needed to infer shapes
 
 
@@ -92,7 +94,7 @@ def optimized_graph(model: onnx.ModelProto, level: str = "ORT_ENABLE_EXTENDED") 
 
 
 def node_macs(model: onnx.ModelProto) -> Iterator[tuple[str, int]]:
-    """(node name, MACs at batch 1) of every convolution and matrix product."""
+    """(node name, MACs at batch 1) of every convolution, matrix product and recurrent layer."""
     shapes = _shapes(model)
     for node in model.graph.node:
         count = _macs(node, shapes)
@@ -101,17 +103,32 @@ def node_macs(model: onnx.ModelProto) -> Iterator[tuple[str, int]]:
 
 
 def _macs(node: onnx.NodeProto, shapes: Mapping[str, tuple[int, ...]]) -> int:
-    if node.op_type not in ("Conv", "ConvTranspose", "Gemm", "MatMul"):
+    if node.op_type not in _COUNTED:
+        return 0
+    if len(node.input) < 2:
         return 0
     first, second, out = (shapes.get(n, ()) for n in (node.input[0], node.input[1], node.output[0]))
-    if not first or not second or not out:
+    if not first or not second or not (out or node.op_type in _RECURRENT):
         return 0
     if node.op_type == "Conv":
         return math.prod(out) * math.prod(second[1:])
     if node.op_type == "ConvTranspose":
         return math.prod(first) * math.prod(second[1:])
+    if node.op_type == "Einsum":
+        return _einsum_macs(node, first, second)
+    if node.op_type in _RECURRENT:  # input [steps, batch, in]; both weight matrices at each step
+        return math.prod(first[:-1]) * (math.prod(second) + math.prod(shapes.get(node.input[2], ())))
     transposed = any(a.name == "transA" and a.i for a in node.attribute)
     return math.prod(out) * (first[-2] if transposed else first[-1])
+
+
+def _einsum_macs(node: onnx.NodeProto, first: tuple[int, ...], second: tuple[int, ...]) -> int:
+    """The size of the joint index space of two operands."""
+    equation = next(a.s.decode() for a in node.attribute if a.name == "equation").replace(" ", "")
+    terms = equation.split("->")[0].split(",")
+    if len(terms) != 2 or "." in equation:
+        return 0
+    return math.prod({**dict(zip(terms[0], first)), **dict(zip(terms[1], second))}.values())
 
 
 def _shapes(model: onnx.ModelProto) -> dict[str, tuple[int, ...]]:

@@ -1,7 +1,7 @@
 """What a program costs: multiply-accumulates (MACs) of one example, parameters and bytes, layer by layer.
 
 Only shapes are read (`meta["val"]`), so float programs, pruned ones and quantized ones (whose weights pass through
-`fxpress.dequantize_channel`) are counted alike. Counted are convolutions, linear layers, matrix products and attention;
+`fxpress.dequantize_channel`) are counted alike. Counted are convolutions, linear layers, matrix products, attention and recurrent layers;
 elementwise work and normalization are not, as is the custom.
 """
 
@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 from torch import fx
+from torch.utils import _pytree as pytree
 
 from .program import Program, get_attribute, layer_name
 
@@ -106,7 +107,12 @@ class _Sizes:
 
 
 def _node_macs(node: fx.Node, sizes: _Sizes) -> int:
-    counter = MACS.get(op_name(node))
+    name = op_name(node)
+    if name in _RECURRENT:
+        return _recurrent(node, sizes) // sizes.divisor
+    if name == "aten.einsum":
+        return _einsum(node, sizes) // sizes.divisor
+    counter = MACS.get(name)
     if counter is None:
         return 0
     operands = [sizes.of(a) for a in node.args if isinstance(a, fx.Node) and hasattr(a.meta.get("val"), "shape")]
@@ -146,6 +152,24 @@ def _product_after_bias(operands: list[Shape], out: Shape) -> int:
 def _attention(operands: list[Shape], out: Shape) -> int:
     query, key, value = operands[:3]
     return prod(query[:-1]) * key[-2] * (query[-1] + value[-1])
+
+
+_RECURRENT = ("aten.lstm", "aten.gru", "aten.rnn_tanh", "aten.rnn_relu")
+
+
+def _recurrent(node: fx.Node, sizes: _Sizes) -> int:
+    """Every weight matrix is applied once for each step of each sequence: input [steps, batch, in] or batch first."""
+    matrices = [p for p in pytree.tree_leaves(node.args[2]) if len(sizes.of(p)) == 2]
+    return prod(sizes.of(node.args[0])[:-1]) * sum(prod(sizes.of(m)) for m in matrices)
+
+
+def _einsum(node: fx.Node, sizes: _Sizes) -> int:
+    """The size of the joint index space, for the usual case of two operands without an ellipsis."""
+    equation, operands = str(node.args[0]).replace(" ", ""), [sizes.of(o) for o in node.args[1]]  # type: ignore[union-attr]
+    if len(operands) != 2 or "." in equation:
+        return 0
+    letters = dict(pair for term, shape in zip(equation.split("->")[0].split(","), operands) for pair in zip(term, shape))
+    return prod(letters.values())
 
 
 # What each op multiplies, from the shapes of its tensor arguments and of its output.

@@ -98,3 +98,23 @@ def test_quantized_weights_are_counted_through_their_dequantize() -> None:
     program = fxpress.capture(Quantized().eval(), (torch.randn(2, 3, 5, 5),))
     (row,) = cost_table(program)
     assert (row.macs, row.parameters, row.bytes) == (6 * 9 * 27, 162, 162)
+
+
+class Recurrent(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.rnn = nn.LSTM(6, 5, num_layers=2, bidirectional=True, batch_first=True)
+
+    def forward(self, x):
+        y, _ = self.rnn(x)
+        return torch.einsum("btc,bsc->bts", y, y)
+
+
+def test_recurrent_layers_and_einsum_are_counted_alike_here_and_in_the_file():
+    from fxpress.backends.coverage import node_macs
+    from fxpress.backends.onnx.lower import lower
+
+    program = fxpress.capture(Recurrent().eval(), torch.randn(2, 7, 6))
+    lstm = 7 * 2 * (4 * 5 * (6 + 5) + 4 * 5 * (10 + 5))
+    assert count_macs(program) == lstm + 7 * 7 * 10
+    assert sum(dict(node_macs(lower(program))).values()) == lstm + 7 * 7 * 10
