@@ -1,8 +1,8 @@
 """What a program costs: multiply-accumulates (MACs) of one example, parameters and bytes, layer by layer.
 
 Only shapes are read (`meta["val"]`), so float programs, pruned ones and quantized ones (whose weights pass through
-`fxpress.dequantize_channel`) are counted alike. Counted are convolutions, linear layers, matrix products, attention and recurrent layers;
-elementwise work and normalization are not, as is the custom.
+`fxpress.dequantize_channel`) are counted alike. Counted are convolutions, linear layers, matrix
+products, attention and recurrent layers; elementwise work and normalization are not, as is the custom.
 """
 
 from __future__ import annotations
@@ -168,7 +168,9 @@ def _einsum(node: fx.Node, sizes: _Sizes) -> int:
     equation, operands = str(node.args[0]).replace(" ", ""), [sizes.of(o) for o in node.args[1]]  # type: ignore[union-attr]
     if len(operands) != 2 or "." in equation:
         return 0
-    letters = dict(pair for term, shape in zip(equation.split("->")[0].split(","), operands) for pair in zip(term, shape))
+    letters: dict[str, int] = {}
+    for term, shape in zip(equation.split("->")[0].split(","), operands):
+        letters.update(zip(term, shape))
     return prod(letters.values())
 
 

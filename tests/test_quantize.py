@@ -2,19 +2,24 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from torch import nn
 
 import fxpress
 from fxpress.backends.onnx.lower import lower
 from fxpress.backends.targets import load_target
 from fxpress.errors import DataError, FxpressError, QuantizationError
-from fxpress.frontend.operators import dequantize, quantize
+from fxpress.frontend.operators import dequantize, quantize, space_to_depth
 from fxpress.passes.base import Context
 from fxpress.passes.manager import PassManager, op_counts, run_passes
 from fxpress.passes.quantize.annotate import annotate_program, annotation
 from fxpress.passes.quantize.fold import quantize_weight, weight_scales
+from fxpress.passes.quantize.stem import block_weights
 from fxpress.runtime.verify import check_layers
 
 TARGET = load_target("ort-x86")
@@ -239,6 +244,33 @@ def test_quantized_programs_are_saved_and_loaded(tmp_path):
     loaded = fxpress.Program.load(tmp_path / "int8.pt2")
     assert torch.equal(loaded(x), int8(x))
     assert lower(loaded).SerializeToString()
+
+
+@given(
+    kernel=st.tuples(st.integers(1, 7), st.integers(1, 7)),
+    pads=st.tuples(st.integers(0, 4), st.integers(0, 4)),
+    halves=st.tuples(st.integers(4, 9), st.integers(4, 9)),
+    channels=st.integers(1, 4),
+)
+@settings(deadline=None, max_examples=80)
+def test_a_stem_over_blocks_is_the_same_convolution(kernel, pads, halves, channels):
+    size = (2 * halves[0], 2 * halves[1])
+    weight = torch.randint(-127, 128, (5, channels, *kernel)).double()
+    x = torch.randint(0, 256, (2, channels, *size)).double()
+    want = torch.nn.functional.conv2d(x, weight, stride=2, padding=pads)
+    blocks, before, after = block_weights(weight, pads, size, tuple(want.shape[2:]))
+    moved = torch.nn.functional.pad(space_to_depth(x, 2), (before[1], after[1], before[0], after[0]))
+    assert torch.equal(torch.nn.functional.conv2d(moved, blocks), want)
+
+
+def test_stems_become_blocks_on_the_target_that_wants_them():
+    program = prepared()
+    assert op_counts(quantized(program))["fxpress.space_to_depth.default"] == 1
+    plain = dataclasses.replace(TARGET, stem_blocks=False)
+    int8 = PassManager("quantize").run(program, Context(target=plain, calibration=batches()))
+    assert "fxpress.space_to_depth.default" not in op_counts(int8)
+    (x,) = batches(1)[0]
+    assert sqnr(int8(x), quantized(program)(x)) > 40
 
 
 # -- what can go wrong ---------------------------------------------------------------------------------------------

@@ -119,6 +119,11 @@ INTEGER = {
     "concat": (TwoBranches(lambda a, b: torch.cat([a, b], 1), 16), {"QLinearConcat": 1}, ("Concat", *FLOAT_CONVS)),
     "leaky relu": (Between(nn.LeakyReLU(0.1)), {"QLinearLeakyRelu": 1}, ("LeakyRelu", *FLOAT_CONVS)),
     "sigmoid": (Between(nn.Sigmoid()), {"QLinearSigmoid": 1}, ("Sigmoid", *FLOAT_CONVS)),
+    "strided stem": (
+        nn.Sequential(nn.Conv2d(8, 3, 1), nn.Conv2d(3, 16, 3, 2, 1), nn.ReLU(), conv(16)),
+        {"QLinearConv": 3, "SpaceToDepth": 1},
+        ("Pad", *FLOAT_CONVS),
+    ),
     "silu": (Between(nn.SiLU()), {"QLinearSigmoid": 1, "QLinearMul": 1}, ("Sigmoid", "QuickGelu", *FLOAT_CONVS)),
     "squeeze and excite": (
         ChannelGate(),

@@ -38,3 +38,9 @@ def dequantize_channel(g: Emitter, q: Operand, scale: Operand, axis: int) -> Val
 def _check(g: Emitter, q: Operand) -> None:
     if q.dtype not in _DEQUANTIZED:
         raise g.reject(f"dequantization of {q.dtype} is not lowered", hint=f"use one of {_DEQUANTIZED}")
+
+
+@row("fxpress.space_to_depth.default")
+def space_to_depth(g: Emitter, x: Operand, block: int) -> Value:
+    """SpaceToDepth, which runs on 8 bit directly."""
+    return g.op("SpaceToDepth", x, blocksize=block)

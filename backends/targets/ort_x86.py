@@ -30,6 +30,7 @@ TARGET = Target(
     summary="ONNX Runtime, CPU, x86 with VNNI: uint8 activations, int8 weights per channel",
     activation=NumberFormat(torch.uint8),
     weight=NumberFormat(torch.int8, symmetric=True, per_channel=True, narrow=True),
+    stem_blocks=True,
     round_to=16,
     round_narrow_to=8,
     absorbs=(

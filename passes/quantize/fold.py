@@ -31,6 +31,7 @@ from .annotate import ABSORBED, annotation, clear_annotations, upper_bound
 from .observe import Site, sites_of
 from .observers import best_bounds
 from .spec import NumberFormat, QuantParams, Target, choose_params
+from .stem import blocks_for_stems
 
 _BIAS_LIMIT = 2.0**30  # half of int32, so that adding the products to the bias cannot overflow
 
@@ -64,6 +65,8 @@ def fold_program(program: Program, target: Target, weight_ranges: str) -> int:
     for node in observes:
         _fold_observer(folding, node, on_integers=_is_move(node.args[0]))
     clear_annotations(program)
+    if target.stem_blocks:
+        blocks_for_stems(program)
     del program.graph_module.meta["observers"]
     erase_dead(program)
     program.graph_module.recompile()

@@ -126,6 +126,7 @@ class Target:
     the smallest stored number. `expand` names ops that are written as others first (silu as sigmoid and mul).
     `isolate` names ops that the runtime would compute with a slow integer kernel if quantized tensors touched them on
     both sides; they are kept apart.
+    `stem_blocks`: convolutions with stride 2 on few channels are written over 2x2 blocks of pixels (see `stem`).
     `round_to` is the channel count multiple that its kernels like, for wide and for narrow layers.
     """
 
@@ -138,6 +139,7 @@ class Target:
     expand: tuple[str, ...] = ()
     isolate: tuple[str, ...] = ()
     bias: NumberFormat = field(default=NumberFormat(torch.int32, symmetric=True, per_channel=True))
+    stem_blocks: bool = False
     round_to: int = 1
     round_narrow_to: int = 1
 
