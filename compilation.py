@@ -136,7 +136,7 @@ def compile_program(
         threads=settings.threads,
         stages=stages.records,
         before=figures(reference, float_model, timing.first_ms, metrics[0]),
-        after=figures(compiled.final, model, timing.second_ms, metrics[1]),
+        after=figures(compiled.final, model, timing.second_ms, metrics[1], compiled.floating),
         speedup=timing.ratio,
         metric=metrics[1],
         parity=parity,
@@ -293,12 +293,19 @@ def time_models(float_session: Session, session: Session, program: Program) -> T
     return compare_latency(float_session, session, single)
 
 
-def figures(program: Program, model: onnx.ModelProto, latency_ms: float, metric: Metric | None) -> Figures:
-    """What one model costs and is worth."""
+def figures(
+    program: Program,
+    model: onnx.ModelProto,
+    latency_ms: float,
+    metric: Metric | None,
+    floating: Program | None = None,
+) -> Figures:
+    """What one model costs and is worth. MACs are those of the network (`floating`, where it was quantized), without the
+    zeros that a target's form of a layer may multiply besides."""
     return Figures(
         size_bytes=model.ByteSize(),
         parameters=program.parameter_count,
-        macs=count_macs(program),
+        macs=count_macs(floating or program),
         latency_ms=latency_ms,
         metric=metric.value if metric else None,
     )

@@ -1,0 +1,150 @@
+"""The measurements behind three choices in the code: how pools and stems are written, and how ranges are chosen.
+
+    taskset -c 0 python benchmarks/choices.py pools stems ranges
+
+pools   an average pool between 8-bit tensors: ONNX Runtime's integer pool, its float pool, a depthwise convolution
+stems   whole networks with the first convolution as it is, and over 2x2 blocks of pixels
+ranges  SQNR of the outputs under each range rule, on samples that took no part in calibration and in no judging
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import random
+import statistics
+import time
+
+import numpy as np
+import onnx
+import torch
+from int8_accuracy import DATA, collect
+from models import cifar_resnet20, cifar_resnet32
+from onnx import TensorProto, helper, numpy_helper
+
+import fxpress
+from fxpress.backends.onnx.lower import lower
+from fxpress.backends.targets import load_target
+from fxpress.frontend.program import Program
+from fxpress.frontend.sources import load_source
+from fxpress.frontend.weights import load_weights
+from fxpress.passes.base import Context
+from fxpress.passes.manager import PassManager, run_passes
+from fxpress.passes.quantize.select import mean_sqnr
+from fxpress.passes.quantize.spec import Target
+from fxpress.runtime.session import make_session
+
+TARGET = load_target("ort-x86")
+PREPARE = "cleanup,canonicalize,fuse-batchnorm"
+
+
+def medians(models: dict[str, onnx.ModelProto], x: np.ndarray, rounds: int = 60, trials: int = 4) -> dict[str, float]:
+    """Median milliseconds; order drawn for each round, sessions made anew for each trial."""
+    times: dict[str, list[float]] = {name: [] for name in models}
+    draw = random.Random(0)
+    for _ in range(trials):
+        sessions = {name: make_session(model, threads=1) for name, model in models.items()}
+        for i in range(rounds // trials + 3):
+            for name in draw.sample(list(models), len(models)):
+                start = time.perf_counter()
+                sessions[name].run(x)
+                if i >= 3:
+                    times[name].append((time.perf_counter() - start) * 1e3)
+    return {name: statistics.median(t) for name, t in times.items()}
+
+
+# -- pools --------------------------------------------------------------------------------------------------------
+
+
+def pool_model(form: str, channels: int, size: int) -> onnx.ModelProto:
+    """uint8 [1, C, H, H] -> uint8, averaged over 2x2."""
+    arrays = {
+        "s": np.float32(0.02), "z": np.uint8(0), "low": np.float32(-3e38), "w": np.full((channels, 1, 2, 2), 127, np.int8),
+        "ws": np.full(channels, 1 / (4 * 127), np.float32), "wz": np.zeros(channels, np.int8),
+    }  # fmt: skip
+    make = helper.make_node
+    nodes = [make("DequantizeLinear", ["x", "s", "z"], ["a"])]
+    if form == "depthwise convolution":
+        nodes.append(make("DequantizeLinear", ["w", "ws", "wz"], ["wd"], axis=0))
+        nodes.append(make("Conv", ["a", "wd"], ["b"], group=channels, strides=[2, 2]))
+    else:
+        nodes.append(make("AveragePool", ["a"], ["p"], kernel_shape=[2, 2], strides=[2, 2]))
+        nodes.append(make("Max", ["p", "low"], ["b"]) if form == "float pool" else make("Identity", ["p"], ["b"]))
+    nodes.append(make("QuantizeLinear", ["b", "s", "z"], ["y"]))
+    info = helper.make_tensor_value_info
+    used = {i for n in nodes for i in n.input}
+    graph = helper.make_graph(
+        nodes, "pool", [info("x", TensorProto.UINT8, [1, channels, size, size])], [info("y", TensorProto.UINT8, None)],
+        [numpy_helper.from_array(np.asarray(a), n) for n, a in arrays.items() if n in used],
+    )  # fmt: skip
+    return helper.make_model(graph, opset_imports=[helper.make_opsetid("", 21)], ir_version=10)
+
+
+def pools() -> None:
+    forms = ("integer pool", "float pool", "depthwise convolution")
+    for channels, size in ((128, 56), (256, 28), (512, 14)):
+        x = np.random.default_rng(0).integers(0, 255, (1, channels, size, size)).astype(np.uint8)
+        found = medians({f: pool_model(f, channels, size) for f in forms}, x)
+        print(f"pool 2x2 [{channels}, {size}, {size}]:", ", ".join(f"{k} {v * 1e3:.0f} us" for k, v in found.items()))
+
+
+# -- stems --------------------------------------------------------------------------------------------------------
+
+
+def stems() -> None:
+    for name in ("mobilenet_v2", "resnet18", "googlenet"):
+        program = fxpress.capture(load_source(f"torchvision:{name}").module, torch.randn(2, 3, 224, 224))
+        data = [(torch.randn(4, 3, 224, 224, generator=torch.Generator().manual_seed(0)),)]
+        floating = run_passes(program, PREPARE)
+        plain = dataclasses.replace(TARGET, stem_blocks=False)
+        models = {"float": lower(floating), "plain stem": int8(floating, plain, data), "blocks": int8(floating, TARGET, data)}
+        print(f"stem of {name}:", ", ".join(f"{k} {v:.2f} ms" for k, v in medians(models, data[0][0][:1].numpy()).items()))
+
+
+def int8(program: Program, target: Target, data: list[tuple[torch.Tensor]]) -> onnx.ModelProto:
+    return lower(PassManager("quantize{ranges=minmax}").run(program, Context(target=target, calibration=data)))
+
+
+# -- ranges -------------------------------------------------------------------------------------------------------
+
+
+def ranges() -> None:
+    images, _ = collect(DATA / "cifar10_train20k.npz", "cifar10", 2000)
+    for make, file in ((cifar_resnet20, "cifar_resnet20.th"), (cifar_resnet32, "cifar_resnet32.th")):
+        module = make()
+        load_weights(module, DATA / file)
+        compare_ranges(file, module, images[:1000], images[1000:])
+    module = load_source("torchvision:mobilenet_v2").module
+    load_weights(module, DATA / "mobilenet_v2-b0353104.pth")
+    # Only the hundred pictures that the accuracy benchmark calibrates on: the others are for judging.
+    pictures = collect(DATA / "imagenet_sample_500.zip", "imagenet")[0][::5]
+    compare_ranges("mobilenet_v2", module, pictures[:60], pictures[60:])
+
+
+def compare_ranges(title: str, module: torch.nn.Module, calibration: np.ndarray, held_out: np.ndarray) -> None:
+    x = torch.from_numpy(held_out)
+    program = run_passes(fxpress.capture(module, x[:2]), PREPARE)
+    batches = [(torch.from_numpy(calibration[i : i + 20]),) for i in range(0, len(calibration), 20)]
+    want = [program.run_flat((part,)) for part in x.split(50)]
+    for rule in ("minmax", "moving-average", "mse"):
+        for weights in ("minmax", "mse"):
+            pipeline = f"quantize{{ranges={rule},weights={weights}}}"
+            quantized = PassManager(pipeline).run(program, Context(target=TARGET, calibration=batches))
+            sqnr = mean_sqnr(want, (quantized.run_flat((part,)) for part in x.split(50)))
+            print(f"{title}: ranges {rule}, weights {weights}: {sqnr:.1f} dB on {len(x)} held-out samples", flush=True)
+
+
+CHOICES = {"pools": pools, "stems": stems, "ranges": ranges}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("choices", nargs="*", default=list(CHOICES))
+    torch.set_num_threads(1)
+    torch.manual_seed(0)
+    for name in parser.parse_args().choices:
+        CHOICES[name]()
+
+
+if __name__ == "__main__":
+    main()
