@@ -97,8 +97,14 @@ def stems() -> None:
         data = [(torch.randn(4, 3, 224, 224, generator=torch.Generator().manual_seed(0)),)]
         floating = run_passes(program, PREPARE)
         plain = dataclasses.replace(TARGET, stem_blocks=False)
-        models = {"float": lower(floating), "plain stem": int8(floating, plain, data), "blocks": int8(floating, TARGET, data)}
-        print(f"stem of {name}:", ", ".join(f"{k} {v:.2f} ms" for k, v in medians(models, data[0][0][:1].numpy()).items()))
+        models = {
+            "float": lower(floating),
+            "plain stem": int8(floating, plain, data),
+            "blocks": int8(floating, TARGET, data),
+        }
+        print(
+            f"stem of {name}:", ", ".join(f"{k} {v:.2f} ms" for k, v in medians(models, data[0][0][:1].numpy()).items())
+        )
 
 
 def int8(program: Program, target: Target, data: list[tuple[torch.Tensor]]) -> onnx.ModelProto:
