@@ -300,8 +300,11 @@ def figures(
     metric: Metric | None,
     floating: Program | None = None,
 ) -> Figures:
-    """What one model costs and is worth. MACs are those of the network (`floating`, where it was quantized), without the
-    zeros that a target's form of a layer may multiply besides."""
+    """What one model costs and is worth.
+
+    MACs are those of the network (`floating`, where it was quantized), without the zeros that a target's form of a
+    layer may multiply besides.
+    """
     return Figures(
         size_bytes=model.ByteSize(),
         parameters=program.parameter_count,

@@ -31,17 +31,21 @@ from fxpress.passes.manager import PassManager, run_passes
 from fxpress.passes.prune.masking import oracle_error
 from fxpress.runtime.verify import check_layers, check_parity
 
-MODELS = (
-    "resnet18 resnext50_32x4d densenet121 googlenet shufflenet_v2_x1_0 squeezenet1_1 mnasnet0_5 mobilenet_v2 "
-    "mobilenet_v3_small efficientnet_b0 regnet_y_400mf convnext_tiny vgg11_bn "
-    "timm:vovnet39a timm:ecaresnet26t timm:skresnet18 timm:fbnetc_100 timm:repvgg_a0 timm:gernet_s timm:xception41 "
-    "timm:selecsls42b timm:darknet53 timm:regnetx_002 timm:mobileone_s0 timm:cs3darknet_s timm:mobilevit_xxs "
-    "timm:fastvit_t8 timm:hgnetv2_b0 timm:efficientnetv2_rw_t timm:mobilenetv3_large_100 timm:dla34 timm:dpn68 "
-    "timm:resnest14d timm:mixnet_s timm:hardcorenas_a timm:tinynet_e timm:rexnet_100 timm:lcnet_050 timm:semnasnet_100 "
-    "timm:nfnet_l0 timm:edgenext_xx_small timm:ese_vovnet19b_dw timm:starnet_s1 timm:pvt_v2_b0 timm:repghostnet_050 "
-    "timm:resnetv2_50 timm:tresnet_m timm:legacy_seresnet18 timm:res2net50_26w_4s timm:hrnet_w18_small "
-    "timm:ghostnet_100 timm:cspresnet50 timm:deit_tiny_patch16_224 timm:resmlp_12_224 timm:poolformer_s12"
-).split()  # noqa: SIM905
+# fmt: off
+MODELS = [
+    "resnet18", "resnext50_32x4d", "densenet121", "googlenet", "shufflenet_v2_x1_0", "squeezenet1_1", "mnasnet0_5",
+    "mobilenet_v2", "mobilenet_v3_small", "efficientnet_b0", "regnet_y_400mf", "convnext_tiny", "vgg11_bn",
+    "timm:vovnet39a", "timm:ecaresnet26t", "timm:skresnet18", "timm:fbnetc_100", "timm:repvgg_a0", "timm:gernet_s",
+    "timm:xception41", "timm:selecsls42b", "timm:darknet53", "timm:regnetx_002", "timm:mobileone_s0",
+    "timm:cs3darknet_s", "timm:mobilevit_xxs", "timm:fastvit_t8", "timm:hgnetv2_b0", "timm:efficientnetv2_rw_t",
+    "timm:mobilenetv3_large_100", "timm:dla34", "timm:dpn68", "timm:resnest14d", "timm:mixnet_s",
+    "timm:hardcorenas_a", "timm:tinynet_e", "timm:rexnet_100", "timm:lcnet_050", "timm:semnasnet_100",
+    "timm:nfnet_l0", "timm:edgenext_xx_small", "timm:ese_vovnet19b_dw", "timm:starnet_s1", "timm:pvt_v2_b0",
+    "timm:repghostnet_050", "timm:resnetv2_50", "timm:tresnet_m", "timm:legacy_seresnet18", "timm:res2net50_26w_4s",
+    "timm:hrnet_w18_small", "timm:ghostnet_100", "timm:cspresnet50", "timm:deit_tiny_patch16_224",
+    "timm:resmlp_12_224", "timm:poolformer_s12",
+]
+# fmt: on
 
 
 def redraw(module: nn.Module) -> nn.Module:

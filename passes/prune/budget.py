@@ -82,7 +82,7 @@ def macs_cost(analysis: Analysis) -> Cost:
     terms = []
     for work in analysis.work:
         axes = tuple(v for v in work.axes if v.any())
-        terms.append((work.share * macs[work.node] / max(prod(map(len, axes)), 1), axes))
+        terms.append((work.share * macs.get(work.node, 0) / max(prod(map(len, axes)), 1), axes))
     return Cost(analysis, terms)
 
 

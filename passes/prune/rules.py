@@ -43,6 +43,7 @@ def unknown(analysis: Analysis, node: fx.Node) -> Value:
     for used in node.all_input_nodes:
         for axes in flat_axes(analysis.values.get(used, ())):
             analysis.pin(axes, node, f"no pruning rule for {op_name(node)}")
+    analysis.costs(node)  # whatever it costs, pruning leaves that alone
     value = node.meta["val"]
     if isinstance(value, torch.Tensor):
         return _fixed(analysis.atoms, value)
