@@ -14,6 +14,7 @@ import torch
 
 from ...frontend.program import Program
 from ..base import Context
+from ..rewrite import aten, call_before, erase_dead, find, is_op, replace
 from .fold import fold_program
 from .observe import sites_of
 from .observers import OBSERVERS, Candidates
@@ -28,13 +29,14 @@ def choose_ranges(program: Program, target: Target, weight_ranges: str, context:
     candidates = [o for o in observers if isinstance(o, Candidates)]
     if not candidates or context.calibration is None:
         return []
-    batches = list(_first_samples(context.calibration))
+    batches = list(_first_samples(program, context.calibration))
     expected = [program_outputs(program, batch) for batch in batches]
     scores = {}
     for rule in OBSERVERS:
         _choose(candidates, rule)
         trial = program.copy()
         fold_program(trial, target, weight_ranges)
+        _stay_in_float(trial)
         scores[rule] = mean_sqnr(expected, (program_outputs(trial, b) for b in batches))
     best = max(scores, key=lambda rule: scores[rule])
     _choose(candidates, best)
@@ -42,16 +44,34 @@ def choose_ranges(program: Program, target: Target, weight_ranges: str, context:
     return [f"ranges by {best} (SQNR of the outputs on calibration samples: {listed})"]
 
 
+def _stay_in_float(trial: Program) -> None:
+    """Each quantize/dequantize pair as clamp(round(x / scale)) * scale: the same numbers without the way through
+    integers and back, which takes three quarters of the time."""
+    for node in find(trial, torch.ops.fxpress.dequantize.default):
+        q = node.args[0]
+        if is_op(q, torch.ops.fxpress.quantize.default):
+            x, scale, zero_point, dtype = q.args  # type: ignore[union-attr, misc]
+            limits = torch.iinfo(dtype)  # type: ignore[arg-type]
+            steps = call_before(node, aten.round.default, call_before(node, aten.div.Tensor, x, scale))
+            kept = call_before(node, aten.clamp.default, steps, limits.min - zero_point, limits.max - zero_point)  # type: ignore[operator]
+            replace(node, call_before(node, aten.mul.Tensor, kept, scale))
+    erase_dead(trial)
+    trial.graph_module.recompile()
+
+
 def _choose(candidates: list[Candidates], rule: str) -> None:
     for candidate in candidates:
         candidate.chosen = rule
 
 
-def _first_samples(calibration: Iterable[tuple[torch.Tensor, ...]]) -> Iterable[tuple[torch.Tensor, ...]]:
-    """Whole batches until `_SAMPLES` are reached, at least one."""
+def _first_samples(
+    program: Program, calibration: Iterable[tuple[torch.Tensor, ...]]
+) -> Iterable[tuple[torch.Tensor, ...]]:
+    """Batches until `_SAMPLES` are reached; the last is cut where the program's batch is dynamic."""
+    cut = all(i.dims and isinstance(i.dims[0], str) for i in program.inputs)
     total = 0
     for batch in calibration:
-        yield batch
+        yield tuple(x[: _SAMPLES - total] for x in batch) if cut else batch
         total += int(batch[0].shape[0]) if batch[0].ndim else 1
         if total >= _SAMPLES:
             return
