@@ -52,7 +52,11 @@ def measure_coverage(model: onnx.ModelProto, reasons: Mapping[str, str] | None =
     macs = dict(node_macs(model))
     optimized = optimized_graph(model)
     total, integer, islands = sum(macs.values()), 0, []
-    found = {name: node for node in optimized.node if (name := _origin(node.name, macs)) is not None}
+    found: dict[str, onnx.NodeProto] = {}
+    for node in optimized.node:
+        name = _origin(node.name, macs)
+        if name is not None and (name == node.name or name not in found):
+            found[name] = node
     for name, count in macs.items():
         node = found.get(name)
         op = node.op_type if node is not None else "fused away"
@@ -158,10 +162,10 @@ def _shapes(model: onnx.ModelProto) -> dict[str, tuple[int, ...]]:
 
 
 def _origin(name: str, macs: Mapping[str, int]) -> str | None:
-    """The node of ours that an optimized node does the work of (fusions may append to the name)."""
-    if name in macs:
-        return name
-    return name.split("/MatMulAddFusion")[0] if name.split("/MatMulAddFusion")[0] in macs else None
+    """The node of ours that an optimized node does the work of; fusions append to names ("proj/MatMulScaleFusion/")."""
+    while name not in macs and "/" in name:
+        name = name.rpartition("/")[0]
+    return name if name in macs else None
 
 
 def _island(

@@ -328,16 +328,26 @@ def _add_example(
     fed = [_fed(site, references, values) for site in cut.sites]
     _, results = watch(cut.program, [*example, *fed], set())
     for site, (isolated, accumulated), result in zip(cut.sites, noises, results):
-        reference, value = references.get(site.layer), values[site.node.name]
-        if reference is not None and reference.shape == value.shape:
+        value = values[site.node.name]
+        reference = _reference(site, references, value)
+        if reference is not None:
             isolated.add(reference, dequantize(result, site.scale, site.zero_point))
             accumulated.add(reference, dequantize(value, site.scale, site.zero_point))
 
 
+def _reference(site: Site, references: dict[str, torch.Tensor], value: torch.Tensor) -> torch.Tensor | None:
+    """The float program's value of a site; one that is a reshape of it there (tokens as a matrix) is reshaped."""
+    reference = references.get(site.layer)
+    if reference is None or reference.numel() != value.numel():
+        return None
+    return reference.reshape(value.shape)
+
+
 def _fed(site: Site, references: dict[str, torch.Tensor], values: dict[str, torch.Tensor]) -> torch.Tensor:
     """The float program's value, quantized; the quantized program's own where the float program has none."""
-    reference, value = references.get(site.layer), values[site.node.name]
-    if reference is None or reference.shape != value.shape:
+    value = values[site.node.name]
+    reference = _reference(site, references, value)
+    if reference is None:
         return value
     return quantize(reference, site.scale, site.zero_point, site.dtype)
 

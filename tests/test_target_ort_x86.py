@@ -15,6 +15,7 @@ from fxpress.backends.targets import load_target, target_names
 from fxpress.errors import OptionError
 from fxpress.passes.base import Context
 from fxpress.passes.manager import PassManager
+from fxpress.runtime.verify import check_layers
 
 TARGET = load_target("ort-x86")
 PIPELINE = "cleanup,fuse-batchnorm,canonicalize,quantize"
@@ -85,6 +86,21 @@ def compiled(module: nn.Module, shape=(2, 8, 12, 12), pipeline: str = PIPELINE):
     context = Context(target=TARGET, calibration=[(torch.randn(shape),) for _ in range(3)])
     quantized = PassManager(pipeline).run(program, context)
     return quantized, lower(quantized)
+
+
+class Tokens(nn.Module):
+    """Pixels as tokens through a block of a transformer: the three projections read the same tokens."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm, self.q, self.k, self.v = nn.LayerNorm(8), nn.Linear(8, 8), nn.Linear(8, 8), nn.Linear(8, 8)
+        self.mlp = nn.Sequential(nn.LayerNorm(8), nn.Linear(8, 32), nn.GELU(), nn.Linear(32, 8))
+
+    def forward(self, x):
+        x = x.flatten(2).transpose(1, 2)
+        y = self.norm(x)
+        x = x + nn.functional.scaled_dot_product_attention(self.q(y), self.k(y), self.v(y))
+        return x + self.mlp(x)
 
 
 # Pattern -> ops that the optimized graph must have (with how often), and ops that it must not have.
@@ -200,6 +216,16 @@ def test_float_rows_stay_float_and_their_neighbours_do_not(name):
     assert got["QLinearConv"] == 2
     about = [n for n in fxpress.capture(module, torch.randn(2, 8, 12, 12)).graph.nodes if n.op == "call_function"]
     assert any(reason in TARGET.why_float(n) for n in about)
+
+
+def test_tokens_are_matrices_and_quantized_once():
+    """Linear layers on [N, T, K] become QGemm with float output; layers that read the same tokens share one quantize."""
+    quantized, model = compiled(Tokens())
+    got = operators(model)
+    assert got["QGemm"] == 5, got
+    assert got["QuantizeLinear"] == 3, got
+    assert {i.op for i in measure_coverage(model).islands} <= {"MatMul", "FusedMatMul"}
+    assert check_layers(quantized, (torch.randn(3, 8, 12, 12),)).max_steps <= 1
 
 
 @pytest.mark.parametrize("dims", [1, 3])

@@ -20,7 +20,8 @@ import torch
 from torch import fx
 
 from ...frontend.program import Program, layer_name
-from ..rewrite import argument, aten, call_before, is_constant, put_constant, replace
+from ..rewrite import argument, aten, is_constant
+from .expand import expand_program
 from .spec import Row, Target
 
 KEY = "quantize"
@@ -46,7 +47,7 @@ def annotation(node: fx.Node) -> Annotation | None:
 
 def annotate_program(program: Program, target: Target) -> tuple[int, list[str]]:
     """Annotate all nodes. Returns (number of integer nodes, reasons why layers stay in float)."""
-    _expand(program, target)
+    expand_program(program, target)
     rows = _choose_rows(program, target)
     _demote_unread(program, target, rows)
     for node, row in rows.items():
@@ -59,59 +60,6 @@ def clear_annotations(program: Program) -> None:
     for node in program.graph.nodes:
         node.meta.pop(KEY, None)
         node.meta.pop(ABSORBED, None)
-
-
-# -- rule 0: other spellings ---------------------------------------------------------------------------------------
-
-
-def _expand(program: Program, target: Target) -> None:
-    """Write ops that the target has no kernel for as ops that it has, where they follow something it computes."""
-    for node in list(program.graph.nodes):
-        name = str(node.target)
-        if node.op != "call_function" or name not in target.expand or not _follows_integers(node, target):
-            continue
-        expanded = _EXPANSIONS[name](program, node)
-        if expanded is not None:
-            # The report compares with the float program, which has the node under its old name.
-            expanded.meta["custom"] = {**expanded.meta.get("custom", {}), "float_name": node.name}
-            replace(node, expanded)
-
-
-def _follows_integers(node: fx.Node, target: Target) -> bool:
-    """Does the op read, through activations alone, what a row of the table computes?"""
-    source = node.args[0]
-    while isinstance(source, fx.Node) and source.op == "call_function" and str(source.target) in target.absorbs:
-        source = source.args[0]
-    row = target.row_for(source) if isinstance(source, fx.Node) and source.op == "call_function" else None
-    return row is not None and row.kind != "float" and not row.float_output
-
-
-def _silu(program: Program, node: fx.Node) -> fx.Node:
-    """silu(x) = x * sigmoid(x)"""
-    gate = call_before(node, aten.sigmoid.default, node.args[0])
-    return call_before(node, aten.mul.Tensor, node.args[0], gate)
-
-
-def _average_pool(program: Program, node: fx.Node) -> fx.Node | None:
-    """A depthwise convolution whose weights are all 1 / window: ONNX Runtime's integer convolution takes half the time
-    of its float AveragePool and a fifth of its integer one (docs/results.md)."""
-    value = node.meta["val"]
-    padding = argument(node, "padding")
-    padding = [0, 0] if not padding else [padding[0], padding[-1]]
-    if any(padding) and not argument(node, "count_include_pad"):
-        return None
-    if argument(node, "ceil_mode") or argument(node, "divisor_override") or not isinstance(value.shape[1], int):
-        return None
-    kernel = argument(node, "kernel_size")
-    kernel = [kernel[0], kernel[-1]]
-    stride = argument(node, "stride") or kernel
-    weight = torch.full((value.shape[1], 1, *kernel), 1.0 / (kernel[0] * kernel[1]))
-    stored = put_constant(program, f"average.{node.name}", weight, node)
-    options = ([stride[0], stride[-1]], padding, [1, 1], value.shape[1])
-    return call_before(node, aten.conv2d.default, node.args[0], stored, None, *options)
-
-
-_EXPANSIONS = {"aten.silu.default": _silu, "aten.avg_pool2d.default": _average_pool}
 
 
 # -- rules 1 to 3 --------------------------------------------------------------------------------------------------

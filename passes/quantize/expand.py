@@ -1,0 +1,113 @@
+"""Write ops that a target has no integer kernel for as ops that it has (`Target.expand` names which).
+
+    silu(x)              x * sigmoid(x)                                        behind an integer op
+    avg_pool2d(x)        a depthwise convolution with weights 1 / window        behind an integer op
+    linear(x[..., K])    reshape to [tokens, K], linear, reshape back           anywhere: its row is for matrices
+
+All are the same function in float; they change what can be quantized.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import fx
+
+from ...frontend.program import Program
+from ..rewrite import argument, aten, call_before, is_constant, is_op, put_constant, replace
+from .spec import Target
+
+
+def expand_program(program: Program, target: Target) -> int:
+    """Expand what the target names, in place. Returns how many nodes were rewritten."""
+    count = 0
+    for node in list(program.graph.nodes):
+        name = str(node.target)
+        if node.op != "call_function" or name not in target.expand:
+            continue
+        expansion, behind_integers = EXPANSIONS[name]
+        if behind_integers and not _follows_integers(node, target):
+            continue
+        expanded = expansion(program, node)
+        if expanded is not None:
+            # The report compares with the float program, which has the node under its old name.
+            _name(expanded, node.name)
+            replace(node, expanded)
+            count += 1
+    return count
+
+
+def _name(node: fx.Node, float_name: str) -> None:
+    node.meta["custom"] = {**node.meta.get("custom", {}), "float_name": float_name}
+
+
+def _follows_integers(node: fx.Node, target: Target) -> bool:
+    """Does the op read, through activations alone, what a row of the table computes?"""
+    source = node.args[0]
+    while isinstance(source, fx.Node) and source.op == "call_function" and str(source.target) in target.absorbs:
+        source = source.args[0]
+    row = target.row_for(source) if isinstance(source, fx.Node) and source.op == "call_function" else None
+    return row is not None and row.kind != "float" and not row.float_output
+
+
+def _silu(program: Program, node: fx.Node) -> fx.Node:
+    gate = call_before(node, aten.sigmoid.default, node.args[0])
+    return call_before(node, aten.mul.Tensor, node.args[0], gate)
+
+
+def _average_pool(program: Program, node: fx.Node) -> fx.Node | None:
+    """ONNX Runtime's integer depthwise convolution takes less than half the time of its float AveragePool, and a
+    seventh of its integer one (docs/results.md)."""
+    value = node.meta["val"]
+    padding = argument(node, "padding")
+    padding = [0, 0] if not padding else [padding[0], padding[-1]]
+    if any(padding) and not argument(node, "count_include_pad"):
+        return None
+    if argument(node, "ceil_mode") or argument(node, "divisor_override") or not isinstance(value.shape[1], int):
+        return None
+    kernel = argument(node, "kernel_size")
+    kernel = [kernel[0], kernel[-1]]
+    stride = argument(node, "stride") or kernel
+    weight = torch.full((value.shape[1], 1, *kernel), 1.0 / (kernel[0] * kernel[1]))
+    stored = put_constant(program, f"average.{node.name}", weight, node)
+    options = ([stride[0], stride[-1]], padding, [1, 1], value.shape[1])
+    return call_before(node, aten.conv2d.default, node.args[0], stored, None, *options)
+
+
+def _tokens(program: Program, node: fx.Node) -> fx.Node | None:
+    """A linear layer on tokens [N, T, K] as one on the matrix [N T, K], shared by all that read the same tokens.
+
+    On 3-D tokens ONNX Runtime computes a float product that dequantizes its weights at every call.
+    """
+    tokens, value = node.args[0], node.meta["val"]
+    assert isinstance(tokens, fx.Node)
+    lead = [-1 if not isinstance(s, int) else s for s in value.shape[:-1]]
+    if value.ndim <= 2 or lead.count(-1) > 1 or not is_constant(node.args[1]):
+        return None
+    form = tokens.meta["val"]
+    matrix = _shared_matrix(tokens, node)
+    if matrix is None:
+        matrix = call_before(
+            node, aten.reshape.default, tokens, [-1, form.shape[-1]], value=form.reshape(-1, form.shape[-1])
+        )
+        _name(matrix, tokens.name)
+    flat = value.reshape(-1, value.shape[-1])
+    product = call_before(node, aten.linear.default, matrix, *node.args[1:], value=flat)
+    return call_before(node, aten.reshape.default, product, [*lead, value.shape[-1]])
+
+
+def _shared_matrix(tokens: fx.Node, node: fx.Node) -> fx.Node | None:
+    """An earlier reshape of the same tokens to a matrix."""
+    wanted = [-1, tokens.meta["val"].shape[-1]]
+    found = (u for u in tokens.users if is_op(u, aten.reshape.default) and list(u.args[1]) == wanted and u < node)  # type: ignore[arg-type]
+    return next(found, None)
+
+
+# Op -> (how it is expanded, whether only behind an integer op).
+EXPANSIONS: dict[str, tuple[Callable[[Program, fx.Node], Any], bool]] = {
+    "aten.silu.default": (_silu, True),
+    "aten.avg_pool2d.default": (_average_pool, True),
+    "aten.linear.default": (_tokens, False),
+}
