@@ -217,8 +217,8 @@ def set_attribute(module: torch.nn.Module, path: str, value: torch.Tensor) -> No
         if not hasattr(module, part):
             module.add_module(part, torch.nn.Module())
         module = getattr(module, part)
-    if hasattr(module, leaf):
-        delattr(module, leaf)
+    module._parameters.pop(leaf, None)
+    module._buffers.pop(leaf, None)
     if isinstance(value, torch.nn.Parameter):
         module.register_parameter(leaf, value)
     else:

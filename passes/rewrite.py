@@ -99,7 +99,7 @@ def put_constant(program: Program, path: str, tensor: torch.Tensor, before: fx.N
     """
     used = {n.target for n in program.graph.nodes if n.op == "get_attr"}
     name, i = path, 1
-    while name in used:
+    while name in used or hasattr(torch.nn.Module, name.rpartition(".")[2]):  # "to" is a method of every module
         name, i = f"{path}_{i}", i + 1
     set_attribute(program.graph_module, name, tensor)
     with program.graph.inserting_before(before):

@@ -136,6 +136,18 @@ def test_cleanup_removes_what_does_nothing():
     torch.testing.assert_close(clean(x), module(x))
 
 
+def test_constants_whose_nodes_are_called_like_module_methods():
+    """The node of aten.to is called "to", which is a method of every module."""
+
+    class Casts(nn.Module):
+        def forward(self, x):
+            return x * torch.arange(4).to(torch.float32)
+
+    clean = run_passes(fxpress.capture(Casts(), torch.randn(2, 4)), "cleanup")
+    x = torch.randn(3, 4)
+    torch.testing.assert_close(clean(x), Casts()(x))
+
+
 class KeepsCasts(nn.Module):
     def forward(self, x):
         return (x.to(torch.float64) + 1).to(torch.float32) * 2 + x.new_ones(4).int()

@@ -228,6 +228,25 @@ def test_tokens_are_matrices_and_quantized_once():
     assert check_layers(quantized, (torch.randn(3, 8, 12, 12),)).max_steps <= 1
 
 
+def test_addmm_with_parameters_is_a_linear_layer():
+    """As in GPT-2, whose layers hold their weights transposed."""
+
+    class Transposed(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.weight, self.bias = nn.Parameter(torch.randn(8, 5)), nn.Parameter(torch.randn(5))
+
+        def forward(self, x):
+            return torch.addmm(self.bias, x.mean((2, 3)), self.weight)
+
+    module = Transposed()
+    quantized, model = compiled(module)
+    assert operators(model).get("QGemm") == 1
+    x = torch.randn(3, 8, 12, 12)
+    assert check_layers(quantized, (x,)).max_steps <= 1
+    torch.testing.assert_close(quantized(x), module(x), rtol=0.05, atol=0.05)
+
+
 @pytest.mark.parametrize("dims", [1, 3])
 def test_conv_1d_and_3d(dims):
     """Conv of other dimensions than two: whatever the table says, the runtime must agree."""

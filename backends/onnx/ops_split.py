@@ -241,3 +241,15 @@ def select_scatter(g: Emitter, x: Operand, src: Operand, dim: int, index: Size) 
     first = x.shape[axis] + index if isinstance(index, int) and index < 0 else index
     part = g.op("Unsqueeze", g.cast(src, x.dtype), g.ints([axis]))
     return _replaced(g, x, part, axis, first, first + 1)
+
+
+@row("aten.diff.default")
+def diff(g: Emitter, x: Operand, n: int, dim: int, prepend: Operand | None, append: Operand | None) -> Value:
+    """x[1:] - x[:-1] along a dimension, after what is put before and behind."""
+    if n != 1 or x.dtype is torch.bool:
+        raise g.reject("only first differences of numbers are lowered")
+    axis = positive(dim, x.rank)
+    parts = [p for p in (prepend, x, append) if p is not None]
+    value = x.value if len(parts) == 1 else g.op("Concat", *parts, axis=axis)
+    ends = [g.op("Slice", value, g.ints([a]), g.ints([b]), g.ints([axis])) for a, b in ((1, 2**63 - 1), (0, -1))]
+    return g.op("Sub", *ends)

@@ -40,7 +40,7 @@ TARGET = Target(
         "aten.clamp.default",
         "aten.clamp_min.default",
     ),
-    expand=("aten.silu.default", "aten.avg_pool2d.default", "aten.linear.default"),
+    expand=("aten.silu.default", "aten.avg_pool2d.default", "aten.linear.default", "aten.addmm.default"),
     isolate=("aten.softmax.int", "aten._softmax.default"),
     rows=(
         # Conv with quantized input and output: QLinearConv. Without a quantized output it would run in float and

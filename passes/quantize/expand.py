@@ -2,6 +2,7 @@
 
     silu(x)              x * sigmoid(x)                                        behind an integer op
     avg_pool2d(x)        a depthwise convolution with weights 1 / window        behind an integer op
+    addmm(b, x, W)       linear(x, W^T, b)                                     where W and b are parameters
     linear(x[..., K])    reshape to [tokens, K], linear, reshape back           anywhere: its row is for matrices
 
 All are the same function in float; they change what can be quantized.
@@ -16,7 +17,7 @@ import torch
 from torch import fx
 
 from ...frontend.program import Program
-from ..rewrite import argument, aten, call_before, is_constant, is_op, put_constant, replace
+from ..rewrite import argument, aten, call_before, constant, is_constant, is_op, put_constant, replace
 from .spec import Target
 
 
@@ -76,6 +77,18 @@ def _average_pool(program: Program, node: fx.Node) -> fx.Node | None:
     return call_before(node, aten.conv2d.default, node.args[0], stored, None, *options)
 
 
+def _addmm(program: Program, node: fx.Node) -> fx.Node | None:
+    bias, x, weight = node.args[:3]
+    if not is_constant(weight) or not is_constant(bias) or (argument(node, "beta"), argument(node, "alpha")) != (1, 1):
+        return None
+    values = constant(program, weight), constant(program, bias)
+    if values[1] is None or values[0] is None or values[1].ndim != 1:
+        return None
+    transposed = torch.nn.Parameter(values[0].detach().t().contiguous(), requires_grad=values[0].requires_grad)
+    stored = put_constant(program, f"{weight.target}_t", transposed, node)  # type: ignore[union-attr]
+    return call_before(node, aten.linear.default, x, stored, bias)
+
+
 def _tokens(program: Program, node: fx.Node) -> fx.Node | None:
     """A linear layer on tokens [N, T, K] as one on the matrix [N T, K], shared by all that read the same tokens.
 
@@ -109,5 +122,6 @@ def _shared_matrix(tokens: fx.Node, node: fx.Node) -> fx.Node | None:
 EXPANSIONS: dict[str, tuple[Callable[[Program, fx.Node], Any], bool]] = {
     "aten.silu.default": (_silu, True),
     "aten.avg_pool2d.default": (_average_pool, True),
+    "aten.addmm.default": (_addmm, False),
     "aten.linear.default": (_tokens, False),
 }
