@@ -1,9 +1,10 @@
-"""The measurements behind three choices in the code: how pools and stems are written, and how ranges are chosen.
+"""The measurements behind four choices in the code: how pools, stems and tokens are written, and how ranges are chosen.
 
-    taskset -c 0 python benchmarks/choices.py pools stems ranges
+    taskset -c 0 python benchmarks/choices.py pools stems tokens ranges
 
 pools   an average pool between 8-bit tensors: ONNX Runtime's integer pool, its float pool, a depthwise convolution
 stems   whole networks with the first convolution as it is, and over 2x2 blocks of pixels
+tokens  networks of linear layers on tokens, which are written as matrices: speed over float and SQNR
 ranges  SQNR of the outputs under each range rule, on samples that took no part in calibration and in no judging
 """
 
@@ -111,6 +112,20 @@ def int8(program: Program, target: Target, data: list[tuple[torch.Tensor]]) -> o
     return lower(PassManager("quantize{ranges=minmax}").run(program, Context(target=target, calibration=data)))
 
 
+# -- tokens -------------------------------------------------------------------------------------------------------
+
+
+def tokens() -> None:
+    for name in ("timm:deit_tiny_patch16_224", "torchvision:convnext_tiny", "torchvision:swin_t"):
+        program = run_passes(fxpress.capture(load_source(name).module, torch.randn(2, 3, 224, 224)), PREPARE)
+        data, held_out = (torch.randn(4, 3, 224, 224, generator=torch.Generator().manual_seed(i)) for i in (0, 1))
+        context = Context(target=TARGET, calibration=[(data,)])
+        quantized = PassManager("quantize{ranges=minmax}").run(program, context)
+        sqnr = mean_sqnr([program.run_flat((held_out,))], [quantized.run_flat((held_out,))])
+        found = medians({"float": lower(program), "int8": lower(quantized)}, held_out[:1].numpy(), 40)
+        print(f"{name}: {found['float'] / found['int8']:.2f}x over float, {sqnr:.1f} dB", flush=True)
+
+
 # -- ranges -------------------------------------------------------------------------------------------------------
 
 
@@ -140,7 +155,7 @@ def compare_ranges(title: str, module: torch.nn.Module, calibration: np.ndarray,
             print(f"{title}: ranges {rule}, weights {weights}: {sqnr:.1f} dB on {len(x)} held-out samples", flush=True)
 
 
-CHOICES = {"pools": pools, "stems": stems, "ranges": ranges}
+CHOICES = {"pools": pools, "stems": stems, "tokens": tokens, "ranges": ranges}
 
 
 def main() -> None:
