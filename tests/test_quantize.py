@@ -18,7 +18,7 @@ from fxpress.frontend.operators import dequantize, quantize, space_to_depth
 from fxpress.passes.base import Context
 from fxpress.passes.manager import PassManager, op_counts, run_passes
 from fxpress.passes.quantize.annotate import annotate_program, annotation
-from fxpress.passes.quantize.fold import quantize_weight, weight_scales
+from fxpress.passes.quantize.fold import fold_program, quantize_weight, weight_scales
 from fxpress.passes.quantize.stem import block_weights
 from fxpress.runtime.verify import check_layers
 
@@ -207,6 +207,37 @@ def test_argument_program_is_untouched():
     before = program.text()
     quantized(program)
     assert program.text() == before
+
+
+def test_parts_of_a_split_that_only_float_ops_read():
+    """One part goes to a layer, the other to a float op: both must come out of the integers as real numbers."""
+
+    class Split(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.b = nn.Conv2d(3, 8, 3, padding=1), nn.Conv2d(4, 4, 1)
+
+        def forward(self, x):
+            first, second = self.a(x).chunk(2, 1)
+            return torch.tanh(torch.cat([second, self.b(first)], 1))
+
+    program = prepared(Split())
+    (x,) = batches(1)[0]
+    int8 = quantized(program)
+    assert "aten.chunk.default" in op_counts(int8)
+    assert sqnr(program(x), int8(x)) > 25
+
+
+def test_integers_never_reach_a_float_op():
+    program = prepared()
+    for node in program.graph.nodes:
+        node.meta.pop("quantize", None)
+    observed = PassManager("annotate,observe,calibrate").run(program, context())
+    move = next(n for n in observed.graph.nodes if (a := annotation(n)) is not None and a.row.kind == "move")
+    outputs = [n for n in observed.graph.nodes if n.op == "output"]
+    outputs[0].args = ((move,),)  # as if a float op read the move itself, not what is dequantized of it
+    with pytest.raises(QuantizationError, match="reads integers"):
+        fold_program(observed, TARGET, "minmax")
 
 
 def test_shared_weights_are_quantized_for_each_reader():

@@ -119,6 +119,16 @@ def _demote_unread(program: Program, target: Target, rows: dict[fx.Node, Row]) -
             del rows[node]
             continue
         needed.update(operands_of(node, row))
+    _keep_parts(target, rows)
+
+
+def _keep_parts(target: Target, rows: dict[fx.Node, Row]) -> None:
+    """A split on integers gives integers in all its parts: those that only float ops read are dequantized too."""
+    for node in [n for n in rows if not isinstance(n.meta.get("val"), torch.Tensor)]:
+        for part in node.users:
+            row = target.row_for(part)
+            if part not in rows and row is not None:
+                rows[part] = row
 
 
 # -- rule 4 --------------------------------------------------------------------------------------------------------

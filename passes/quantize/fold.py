@@ -14,7 +14,7 @@ import torch
 from torch import fx
 
 from ...errors import QuantizationError
-from ...frontend.program import Program, layer_name, set_attribute
+from ...frontend.program import Program, layer_name, set_attribute, source_of
 from ..rewrite import (
     argument,
     aten,
@@ -64,6 +64,7 @@ def fold_program(program: Program, target: Target, weight_ranges: str) -> int:
             _drop_absorbed(folding, node)
     for node in observes:
         _fold_observer(folding, node, on_integers=_is_move(node.args[0]))
+    _check_integers(program)
     clear_annotations(program)
     if target.stem_blocks:
         blocks_for_stems(program)
@@ -112,6 +113,22 @@ def _apart(program: Program, node: fx.Node, source: fx.Node) -> fx.Node:
 def _is_move(value: object) -> bool:
     note = annotation(value) if isinstance(value, fx.Node) else None
     return note is not None and note.row.kind == "move"
+
+
+def _check_integers(program: Program) -> None:
+    """Quantized integers go to moves and to dequantize only; a float op that read them would compute nonsense."""
+    integers: set[fx.Node] = set()
+    for node in program.graph.nodes:
+        if node.target is torch.ops.fxpress.quantize.default:
+            integers.add(node)
+        elif not integers.isdisjoint(node.all_input_nodes) and node.target is not torch.ops.fxpress.dequantize.default:
+            if not _is_move(node):
+                raise QuantizationError(
+                    f"{layer_name(node)} ({node.target}) reads integers as if they were real numbers",
+                    where=source_of(node),
+                    hint="this is a fault of the quantizer: report it with the model",
+                )
+            integers.add(node)
 
 
 def _move_integers(node: fx.Node, params: QuantParams) -> None:
