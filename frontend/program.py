@@ -27,7 +27,6 @@ from ..errors import FxpressError
 from .tensor_info import TensorInfo
 
 _FRAME = re.compile(r'File "(?P<file>[^"]+)", line (?P<line>\d+), in (?P<function>\S+)')
-_META_FILE = "fxpress.json"
 _LIBRARY_FRAMES = ("/torch/", "<eval_with_key>", "<string>")
 
 

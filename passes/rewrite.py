@@ -7,7 +7,6 @@ from typing import Any
 
 import torch
 from torch import fx
-from torch.fx.operator_schemas import normalize_function  # noqa: F401  # re-exported for pass authors
 
 from ..frontend.program import Program, delete_attribute, get_attribute, set_attribute
 

@@ -32,7 +32,6 @@ TARGET = Target(
     weight=NumberFormat(torch.int8, symmetric=True, per_channel=True, narrow=True),
     stem_blocks=True,
     round_to=16,
-    round_narrow_to=8,
     absorbs=(
         "aten.relu.default",
         "aten.relu6.default",

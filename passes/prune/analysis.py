@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from math import prod
 from typing import Any
 
 import torch
@@ -136,11 +135,6 @@ def shape_of(node: fx.Node) -> tuple[int, ...]:
 def sizes_of(axes: Axes) -> tuple[int, ...]:
     """The shape that axes stand for."""
     return tuple(len(v) for v in axes)
-
-
-def elements(axes: Axes) -> int:
-    """The number of elements of a tensor with these axes."""
-    return prod(sizes_of(axes))
 
 
 def flat_axes(value: Value) -> list[Axes]:

@@ -127,7 +127,7 @@ class Target:
     `isolate` names ops that the runtime would compute with a slow integer kernel if quantized tensors touched them on
     both sides; they are kept apart.
     `stem_blocks`: convolutions with stride 2 on few channels are written over 2x2 blocks of pixels (see `stem`).
-    `round_to` is the channel count multiple that its kernels like, for wide and for narrow layers.
+    `round_to` is the channel count multiple that its kernels like (pruning halves it for narrow layers).
     """
 
     name: str
@@ -141,7 +141,6 @@ class Target:
     bias: NumberFormat = field(default=NumberFormat(torch.int32, symmetric=True, per_channel=True))
     stem_blocks: bool = False
     round_to: int = 1
-    round_narrow_to: int = 1
 
     def row_for(self, node: fx.Node) -> Row | None:
         """The first row whose ops include the node's and that does not decline it."""
