@@ -12,14 +12,12 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import random
 import statistics
-import time
 
 import numpy as np
 import onnx
 import torch
-from int8_accuracy import DATA, collect
+from int8_accuracy import DATA, collect, interleaved
 from models import cifar_resnet20, cifar_resnet32
 from onnx import TensorProto, helper, numpy_helper
 
@@ -33,25 +31,14 @@ from fxpress.passes.base import Context
 from fxpress.passes.manager import PassManager, run_passes
 from fxpress.passes.quantize.select import mean_sqnr
 from fxpress.passes.quantize.spec import Target
-from fxpress.runtime.session import make_session
 
 TARGET = load_target("ort-x86")
 PREPARE = "cleanup,canonicalize,fuse-batchnorm"
 
 
-def medians(models: dict[str, onnx.ModelProto], x: np.ndarray, rounds: int = 60, trials: int = 4) -> dict[str, float]:
-    """Median milliseconds; order drawn for each round, sessions made anew for each trial."""
-    times: dict[str, list[float]] = {name: [] for name in models}
-    draw = random.Random(0)
-    for _ in range(trials):
-        sessions = {name: make_session(model, threads=1) for name, model in models.items()}
-        for i in range(rounds // trials + 3):
-            for name in draw.sample(list(models), len(models)):
-                start = time.perf_counter()
-                sessions[name].run(x)
-                if i >= 3:
-                    times[name].append((time.perf_counter() - start) * 1e3)
-    return {name: statistics.median(t) for name, t in times.items()}
+def medians(models: dict[str, onnx.ModelProto], x: np.ndarray, rounds: int = 60) -> dict[str, float]:
+    """Median milliseconds of each model."""
+    return {name: statistics.median(t) for name, t in interleaved(models, x, rounds, trials=4).items()}
 
 
 # -- pools --------------------------------------------------------------------------------------------------------

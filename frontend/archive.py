@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch.utils import _pytree as pytree
 
-from ..errors import CaptureError, FxpressError, OutputError
+from ..errors import CaptureError, FxpressError, OutputError, first_line
 from .operators import declare_operators
 from .program import Program, StageRecord, TensorInfo, parse_metadata
 
@@ -50,7 +50,7 @@ def load_program(path: Path) -> Program:
         exported = torch.export.load(str(path), extra_files=extra)
     except Exception as error:
         raise CaptureError(
-            f"{path} is not a readable .pt2 archive: {_first_line(error)}",
+            f"{path} is not a readable .pt2 archive: {first_line(error)}",
             hint="write it with Program.save or torch.export.save, with the same torch version",
         ) from error
     data = parse_metadata(extra[_EXTRA])
@@ -94,7 +94,3 @@ def _dim_names(data: dict[str, Any]) -> list[list[int | str]]:
 
 def _tensor_info(data: dict[str, Any]) -> TensorInfo:
     return TensorInfo(data["name"], data["dtype"], tuple(data["dims"]))
-
-
-def _first_line(error: BaseException) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0]

@@ -22,7 +22,7 @@ import torch
 from torch import fx
 from torch.utils import _pytree as pytree
 
-from ..errors import CaptureError, DataError
+from ..errors import CaptureError, DataError, first_line
 from .functionalize import functionalize
 from .program import Program, delete_attribute, describe_tensors
 
@@ -146,7 +146,7 @@ def _export(
             module(*args, **kwargs)
     except Exception as error:
         raise CaptureError(
-            f"the model fails on the example inputs: {type(error).__name__}: {_first_line(error)}",
+            f"the model fails on the example inputs: {type(error).__name__}: {first_line(error)}",
             where=_user_line(error),
             hint="call the model on these inputs yourself; check shapes and dtypes"
             + _shapes_text(args, kwargs),
@@ -162,18 +162,18 @@ def _capture_error(error: Exception) -> CaptureError:
     name = type(error).__name__
     if "specialized" in text or "ConstraintViolation" in name or "Constraints violated" in text:
         return CaptureError(
-            f"the model fixes the batch size: {_first_line(error)}",
+            f"the model fixes the batch size: {first_line(error)}",
             where=_user_line(error) or _line_in_text(text),
             hint="use x.shape[0] or -1 instead of a number in view/reshape, or capture with dynamic_batch=False",
         )
     if "data-dependent" in text or "DataDependent" in name or "GuardOnDataDependent" in name:
         return CaptureError(
-            f"the model's control flow or a size depends on data: {_first_line(error)}",
+            f"the model's control flow or a size depends on data: {first_line(error)}",
             where=_user_line(error) or _line_in_text(text),
             hint="replace the `if` or `.item()` by torch.where or a fixed size; capture the part before it on its own",
         )
     return CaptureError(
-        f"torch.export cannot trace the model: {name}: {_first_line(error)}",
+        f"torch.export cannot trace the model: {name}: {first_line(error)}",
         where=_user_line(error) or _line_in_text(text),
         hint="change this line to plain tensor operations, or capture a submodule that leaves it out",
     )
@@ -195,10 +195,6 @@ def _line_in_text(text: str) -> str | None:
         if s.startswith('File "') and not any(part in s for part in _LIBRARY_PARTS)
     ]
     return f"{found[-1][0]}: {found[-1][1]}" if found else None
-
-
-def _first_line(error: BaseException) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 
 def _shapes_text(args: tuple[Any, ...], kwargs: dict[str, Any]) -> str:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import onnxruntime
 
-from ..errors import DataError, FxpressError
+from ..errors import DataError, FxpressError, first_line
 
 if TYPE_CHECKING:
     import onnx
@@ -54,7 +54,7 @@ class Session:
             return tuple(self.inner.run(None, feed))
         except Exception as error:  # onnxruntime raises several unrelated classes
             raise DataError(
-                f"ONNX Runtime cannot run the model on these inputs: {_first_line(error)}",
+                f"ONNX Runtime cannot run the model on these inputs: {first_line(error)}",
                 hint=f"it takes {self._signature()}",
             ) from error
 
@@ -106,9 +106,5 @@ def make_session(
     except Exception as error:  # onnxruntime raises several unrelated classes
         no_kernel = "NOT_IMPLEMENTED" in str(error)
         hint = "it has no kernel for this element type: use float32" if no_kernel else "report it: a bug of fxpress"
-        raise FxpressError(f"ONNX Runtime refuses the model: {_first_line(error)}", hint=hint) from error
+        raise FxpressError(f"ONNX Runtime refuses the model: {first_line(error)}", hint=hint) from error
     return Session(inner)
-
-
-def _first_line(error: BaseException) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0]
