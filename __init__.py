@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from .passes.base import register_pass as register_pass
     from .passes.manager import run_passes as run_passes
     from .passes.prune.plan import PruningPlan as PruningPlan
-    from .passes.prune.plan import plan_pruning as plan_pruning
+    from .passes.prune.planning import plan_pruning as plan_pruning
     from .runtime.artifact import Artifact as Artifact
     from .runtime.bundle import load as load
 
@@ -40,7 +40,7 @@ _LAZY = {
     "capture": ".frontend.capture",
     "compile": ".api",
     "load": ".runtime.bundle",
-    "plan_pruning": ".passes.prune.plan",
+    "plan_pruning": ".passes.prune.planning",
     "quantize": ".api",
     "register_pass": ".passes.base",
     "run_passes": ".passes.manager",

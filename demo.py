@@ -19,7 +19,7 @@ from .compilation import Progress
 from .errors import SourceError
 from .frontend.capture import capture
 from .frontend.program import Program
-from .passes.prune.plan import plan_pruning
+from .passes.prune.planning import plan_pruning
 from .runtime.artifact import Artifact, check_output
 from .runtime.evaluate import Top1
 from .training.loop import fit, torch_threads

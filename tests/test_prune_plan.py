@@ -18,7 +18,8 @@ from fxpress.passes.manager import run_passes
 from fxpress.passes.prune.groups import find_groups, find_pinned
 from fxpress.passes.prune.importance import IMPORTANCES
 from fxpress.passes.prune.masking import oracle_error
-from fxpress.passes.prune.plan import PruningPlan, plan_pruning
+from fxpress.passes.prune.plan import PruningPlan
+from fxpress.passes.prune.planning import plan_pruning
 from fxpress.passes.prune.rules import analyze
 
 

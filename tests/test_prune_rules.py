@@ -18,7 +18,8 @@ import fxpress
 from fxpress.frontend.cost import count_macs
 from fxpress.passes.prune.groups import coverage
 from fxpress.passes.prune.masking import in_double, oracle_error
-from fxpress.passes.prune.plan import PruningPlan, plan_pruning
+from fxpress.passes.prune.plan import PruningPlan
+from fxpress.passes.prune.planning import plan_pruning
 from fxpress.passes.prune.rules import analyze
 from fxpress.passes.verify import relative_difference
 

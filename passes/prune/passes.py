@@ -8,7 +8,8 @@ from ...errors import OptionError, VerificationError
 from ...frontend.program import Program
 from ..base import Change, Context, Pass, register_pass
 from .masking import oracle_error
-from .plan import PruningPlan, plan_pruning
+from .plan import PruningPlan
+from .planning import plan_pruning
 
 RESULT = "prune"  # the plan, in context.results
 ORIGINAL = "prune.original"  # the program before pruning, for verify-pruning
