@@ -349,6 +349,106 @@ def layer_norm_beside() -> Probe:
 
 
 @probe
+def group_norm_inside() -> Probe:
+    """One group: its channels go, and the statistics are those of the others."""
+    net = Net(lambda n, x: n.b(n.n(n.a(x))), a=conv(3, 16), n=nn.GroupNorm(1, 16), b=conv(16, 4))
+    return net, IMAGE, ("a.weight[0]", "n.weight[0]", "b.weight[1]")
+
+
+@probe
+def layer_norm_stream() -> Probe:
+    """The residual stream goes through norms, and its statistics are those of what is kept."""
+
+    def forward(n: Net, x: torch.Tensor) -> torch.Tensor:
+        x = n.i(x)
+        return n.o(n.m(x + n.down(F.gelu(n.up(n.n(x))))))
+
+    parts = {"i": nn.Linear(6, 12), "n": nn.LayerNorm(12), "m": nn.LayerNorm(12, eps=1e-3)}
+    net = Net(forward, **parts, up=nn.Linear(12, 32), down=nn.Linear(32, 12), o=nn.Linear(12, 4))
+    return net, (2, 7, 6), ("up.weight[0]", "down.weight[1]", "i.weight[0]", "n.weight[0]", "m.bias[0]", "o.weight[1]")
+
+
+@probe
+def layer_norm_of_maps() -> Probe:
+    """LayerNorm over [C, H, W]."""
+    net = Net(lambda n, x: n.b(n.n(n.a(x))), a=conv(3, 16), n=nn.LayerNorm([16, 8, 8]), b=conv(16, 4))
+    return net, IMAGE, ("a.weight[0]", "n.weight[0]", "b.weight[1]")
+
+
+@probe
+def layer_norm_channels_last() -> Probe:
+    """A norm over channels in the layout [N, H, W, C], without parameters."""
+
+    def forward(n: Net, x: torch.Tensor) -> torch.Tensor:
+        y = F.layer_norm(n.a(x).permute(0, 2, 3, 1), (16,))
+        return n.b(y.permute(0, 3, 1, 2))
+
+    return Net(forward, a=conv(3, 16), b=conv(16, 4)), IMAGE, ("a.weight[0]", "b.weight[1]")
+
+
+@probe
+def layer_norm_of_concat() -> Probe:
+    """Patch merging: four strided neighbours side by side, a norm, and a reduction."""
+
+    def forward(n: Net, x: torch.Tensor) -> torch.Tensor:
+        y = n.a(x).permute(0, 2, 3, 1)
+        y = torch.cat([y[:, i::2, j::2] for j in (0, 1) for i in (0, 1)], -1)
+        return n.r(n.n(y))
+
+    net = Net(forward, a=conv(3, 16), n=nn.LayerNorm(64), r=nn.Linear(64, 4, bias=False))
+    return net, IMAGE, ("a.weight[0]", "n.weight[0]", "r.weight[1]")
+
+
+@probe
+def rms_norm() -> Probe:
+    """The default epsilon depends on the dtype and is kept."""
+    net = Net(lambda n, x: n.o(n.n(n.i(x))), i=nn.Linear(6, 16), n=nn.RMSNorm(16), o=nn.Linear(16, 4))
+    return net, (2, 7, 6), ("i.weight[0]", "n.weight[0]", "o.weight[1]")
+
+
+@probe
+def rms_norm_by_hand() -> Probe:
+    """The mean square counts the original positions."""
+
+    def forward(n: Net, x: torch.Tensor) -> torch.Tensor:
+        y = n.i(x)
+        return n.o(n.g * (y * torch.rsqrt(y.pow(2).mean(-1, keepdim=True) + 1e-6)))
+
+    net = Net(forward, i=nn.Linear(6, 16), g=nn.Parameter(torch.ones(16)), o=nn.Linear(16, 4))
+    return net, (2, 7, 6), ("i.weight[0]", "g[0]", "o.weight[1]")
+
+
+@probe
+def layer_norm_by_hand() -> Probe:
+    """`mean` and `std` of the stream, unbiased."""
+
+    def forward(n: Net, x: torch.Tensor) -> torch.Tensor:
+        y = n.i(x)
+        return n.o((y - y.mean(-1, keepdim=True)) / (y.std(-1, keepdim=True) + 1e-6))
+
+    return Net(forward, i=nn.Linear(6, 16), o=nn.Linear(16, 4)), (2, 7, 6), ("i.weight[0]", "o.weight[1]")
+
+
+@probe
+def variance() -> Probe:
+    net = Net(lambda n, x: n.o(n.h(x) * n.i(x).var(1, correction=0)[:, None]), i=nn.Linear(6, 16), h=nn.Linear(6, 8), o=nn.Linear(8, 4))
+    return net, (2, 6), ("i.weight[0]", "h.weight[0]", "o.weight[1]")
+
+
+@probe
+def standardized_weights() -> Probe:
+    """Weights standardized by batch_norm in training mode, as in NFNets: over what is kept of each filter."""
+
+    def forward(n: Net, x: torch.Tensor) -> torch.Tensor:
+        flat = n.w.reshape(1, 16, -1)
+        weight = F.batch_norm(flat, None, None, n.g, training=True, momentum=0.0, eps=1e-6).reshape(n.w.shape)
+        return n.b(F.conv2d(F.relu(n.a(x)), weight, padding=1))
+
+    parts = {"w": nn.Parameter(torch.randn(16, 16, 3, 3)), "g": nn.Parameter(torch.ones(16))}
+    return Net(forward, a=conv(3, 16), b=conv(16, 4), **parts), IMAGE, ("a.weight[0]", "w[0]", "w[1]", "g[0]", "b.weight[1]")
+
+
+@probe
 def weight_norm() -> Probe:
     """The last layer's norm runs over its inputs, which stay; its outputs go."""
     norm = torch.nn.utils.parametrizations.weight_norm
@@ -549,8 +649,12 @@ def double_outputs(program: fxpress.Program, x: torch.Tensor) -> torch.Tensor:
     return in_double(program).run_flat((x.double(),))[0]
 
 
-# Where zero weights say nothing: a weight norm divides by the zero that was put there.
-NO_ZERO_WEIGHTS = {"weight_norm"}
+# Where zero weights say nothing: a weight norm divides by the zero that was put there, and other norms count it.
+NO_ZERO_WEIGHTS = {"weight_norm", "group_norm", "group_norm_inside", "heads_beside_the_batch", "rms_norm", "variance", "standardized_weights"}
+
+
+def says_nothing(name: str) -> bool:
+    return name in NO_ZERO_WEIGHTS or (name.startswith("layer_norm") and name != "layer_norm_beside")
 
 
 @pytest.mark.parametrize("name", PROBES)
@@ -576,7 +680,7 @@ def test_pruned_equals_masked(name: str) -> None:
         expected = double_outputs(masked, x)
         assert expected.std() > 0
         assert relative_difference(double_outputs(pruned, x), expected) <= 1e-9
-        assert relative_difference(double_outputs(zeroed, x), expected) <= 1e-9 or name in NO_ZERO_WEIGHTS
+        assert relative_difference(double_outputs(zeroed, x), expected) <= 1e-9 or says_nothing(name)
         # The mask takes something away: agreement with it is not empty.
         assert relative_difference(double_outputs(program, x), expected) > 1e-3
 

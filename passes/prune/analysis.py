@@ -1,8 +1,8 @@
 """What is known about the dimensions of one program: the axes of every tensor, and what pruning needs beside them.
 
 The walk in `rules.py` fills an `Analysis`, rule by rule. It records where a dimension is contracted (a removed
-position must count as zero there), what work depends on which axes, how a data movement maps positions, and which
-factor a group count stands for.
+position must count as zero there), where statistics are taken over one (a removed position must not count at all), what
+work depends on which axes, how a data movement maps positions, and which factor a group count stands for.
 """
 
 from __future__ import annotations
@@ -33,6 +33,19 @@ class Contraction:
 
 
 @dataclass(frozen=True)
+class Statistics:
+    """`node` normalizes `argument` by mean and variance over the dimensions `dims`: those of what is kept.
+
+    The argument is read as having the shape of `axes` (a group_norm sees groups and channels per group).
+    """
+
+    node: fx.Node
+    argument: str
+    axes: Axes
+    dims: tuple[int, ...]
+
+
+@dataclass(frozen=True)
 class Work:
     """A share of a node's MACs that is proportional to the kept positions of these axes."""
 
@@ -58,6 +71,7 @@ class Analysis:
     values: dict[fx.Node, Value] = field(default_factory=dict)
     tensors: dict[str, Axes] = field(default_factory=dict)  # parameters and buffers, by name
     contractions: list[Contraction] = field(default_factory=list)
+    statistics: list[Statistics] = field(default_factory=list)
     work: list[Work] = field(default_factory=list)
     maps: dict[fx.Node, IndexMap] = field(default_factory=dict)
     factors: dict[fx.Node, Vector] = field(default_factory=dict)  # what the `groups` literal of a node counts
@@ -98,6 +112,11 @@ class Analysis:
         axes = self.need(node, name)
         if axes[dim].any():
             self.contractions.append(Contraction(node, name, dim % len(axes)))
+
+    def normalize(self, node: fx.Node, name: str, axes: Axes, dims: tuple[int, ...]) -> None:
+        """`node` takes mean and variance over `dims` of its argument `name`, read with these axes."""
+        if any(axes[d].any() for d in dims):
+            self.statistics.append(Statistics(node, name, axes, tuple(d % len(axes) for d in dims)))
 
     def costs(self, node: fx.Node, *axes: Vector, share: float = 1.0) -> None:
         """The MACs of `node` are proportional to the sizes of these axes."""

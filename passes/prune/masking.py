@@ -1,7 +1,8 @@
 """The oracle of pruning: the original program with the removed positions zeroed wherever they are summed over.
 
 A pruned program is right exactly when it agrees with this one. Nothing here is shared with `slicing`: sizes, literals
-and weights stay as they are, and each operand that a node contracts is multiplied by a mask of zeros and ones.
+and weights stay as they are, and each operand that a node contracts is multiplied by a mask of zeros and ones. Norms
+are the one exception: their mean and variance are those of the kept positions, where zeros would count as values.
 """
 
 from __future__ import annotations
@@ -12,7 +13,8 @@ from torch import fx
 from ...errors import VerificationError
 from ...frontend.program import Program
 from ..rewrite import argument, aten, call_before, put_constant, set_argument
-from ..verify import in_double, relative_difference
+from ..verify import in_double, refresh_values, relative_difference
+from .neutral import neutralize
 from .slicing import Cut
 
 
@@ -26,8 +28,10 @@ def mask_program(cut: Cut) -> int:
             continue
         _mask_operand(analysis.program, place.node, place.argument, place.dim, torch.from_numpy(mask))
         count += 1
+    count += neutralize(cut)
     analysis.program.graph.lint()
     analysis.program.graph_module.recompile()
+    refresh_values(analysis.program, "the oracle of pruning")
     return count
 
 

@@ -26,7 +26,7 @@ def convolution(analysis: Analysis, node: fx.Node) -> Axes:
         analysis.factors[node] = outer
     if len(weight[1]) > 1:
         analysis.contract(node, "input", channel)
-    _bias(analysis, node, weight[0])
+    _parameter(analysis, node, weight[:1], "bias")
     analysis.costs(node, weight[0], weight[1])
     return (*x[:channel], weight[0], *analysis.fixed(node, slice(channel + 1, None)))
 
@@ -46,7 +46,7 @@ def transposed_convolution(analysis: Analysis, node: fx.Node) -> Axes:
             analysis.contract(node, "input", channel)
     else:
         analysis.contract(node, "input", channel)
-    _bias(analysis, node, out)
+    _parameter(analysis, node, (out,), "bias")
     analysis.costs(node, x[channel], weight[1])
     return (*x[:channel], out, *analysis.fixed(node, slice(channel + 1, None)))
 
@@ -64,7 +64,7 @@ def linear(analysis: Analysis, node: fx.Node) -> Axes:
     analysis.costs(node, *x[:-1], *weight)
     if len(weight) == 1:
         return x[:-1]
-    _bias(analysis, node, weight[0])
+    _parameter(analysis, node, weight[:1], "bias")
     return (*x[:-1], weight[0])
 
 
@@ -96,35 +96,34 @@ def _product(analysis: Analysis, node: fx.Node, left: str, right: str) -> Axes:
 def channel_norm(analysis: Analysis, node: fx.Node) -> Axes:
     """BatchNorm and InstanceNorm: each channel by itself, with its own parameters and statistics."""
     x = analysis.need(node, "input")
-    if op_name(node) == "aten.batch_norm":
-        analysis.pin(x[0], node, "batch_norm takes its statistics over this dimension")
-    analysis.pin(x[2:], node, f"{op_name(node)} takes its statistics over this dimension")
+    if op_name(node) == "aten.instance_norm":
+        analysis.pin(x[2:], node, "instance_norm takes its statistics over this dimension")
+    elif argument(node, "training"):  # by the statistics of its input: some models standardize weights so
+        analysis.normalize(node, "input", x, (0, *range(2, len(x))))
     for name in ("weight", "bias", "running_mean", "running_var"):
-        given = analysis.of(node, name)
-        if given is not None:
-            analysis.same(x[1], given[0], node)
+        _parameter(analysis, node, x[1:2], name)
     return x
 
 
-def layer_norm(analysis: Analysis, node: fx.Node) -> Axes:
-    """The statistics run over the last dimensions: leaving positions out of them would change all the others."""
+def trailing_norm(analysis: Analysis, node: fx.Node) -> Axes:
+    """LayerNorm and RMSNorm: statistics over the last dimensions, of what is kept of them."""
     x = analysis.need(node, "input")
     count = len(argument(node, "normalized_shape"))
-    analysis.pin(x[-count:], node, "layer_norm takes its statistics over this dimension")
-    for name in ("weight", "bias"):
-        for vector, given in zip(x[-count:], analysis.of(node, name) or ()):
-            analysis.same(vector, given, node, "parameter of a layer_norm")
+    analysis.normalize(node, "input", x, tuple(range(len(x) - count, len(x))))
+    for name in ("weight", "bias") if op_name(node) == "aten.layer_norm" else ("weight",):
+        _parameter(analysis, node, x[-count:], name)
     return x
 
 
 def group_norm(analysis: Analysis, node: fx.Node) -> Axes:
-    """Whole groups may go; the channels within a group share their statistics."""
+    """Channels are a product (groups, per group): whole groups may go, and the same channels of every group."""
     x, groups = analysis.need(node, "input"), argument(node, "num_groups")
     outer, inner = analysis.atoms.split(x[1], groups, len(x[1]) // groups)
-    analysis.pin((inner, *x[2:]), node, "group_norm takes its statistics over this dimension")
+    analysis.pin(x[2:], node, "group_norm takes its statistics over this dimension")
+    analysis.normalize(node, "input", (x[0], outer, inner, *x[2:]), tuple(range(2, len(x) + 1)))
     analysis.factors[node] = outer
-    _bias(analysis, node, x[1], "weight")
-    _bias(analysis, node, x[1])
+    for name in ("weight", "bias"):
+        _parameter(analysis, node, x[1:2], name)
     return x
 
 
@@ -168,10 +167,10 @@ def attention(analysis: Analysis, node: fx.Node) -> Axes:
     return (*lead, q[-2], v[-1])
 
 
-def _bias(analysis: Analysis, node: fx.Node, channels: Vector, name: str = "bias") -> None:
-    given = analysis.of(node, name)
-    if given is not None:
-        analysis.same(channels, given[0], node)
+def _parameter(analysis: Analysis, node: fx.Node, axes: Axes, name: str) -> None:
+    """The parameter `name`, where there is one, has these axes."""
+    for vector, given in zip(axes, analysis.of(node, name) or ()):
+        analysis.same(vector, given, node)
 
 
 LAYER_RULES = {
@@ -181,7 +180,7 @@ LAYER_RULES = {
     **rows("matmul mm bmm mv dot", matmul),
     **rows("addmm baddbmm", add_matmul),
     **rows("batch_norm instance_norm", channel_norm),
-    **rows("layer_norm", layer_norm),
+    **rows("layer_norm rms_norm", trailing_norm),
     **rows("group_norm", group_norm),
     **rows("_weight_norm", weight_norm),
     **rows("embedding", embedding),

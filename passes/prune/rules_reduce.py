@@ -32,6 +32,16 @@ def reduce(analysis: Analysis, node: fx.Node, neutral: bool) -> Axes:
     return without(analysis, node, axes, dims)
 
 
+def variance(analysis: Analysis, node: fx.Node) -> Axes:
+    """`var` and `std`: of what is kept, where the number of values does not depend on the input."""
+    (name, axes) = _first(analysis, node)
+    dims = reduced_dims(node, len(axes))
+    if not all(isinstance(node.all_input_nodes[0].meta["val"].shape[d], int) for d in dims):
+        return reduce(analysis, node, neutral=False)
+    analysis.normalize(node, name, axes, tuple(dims))
+    return without(analysis, node, axes, dims)
+
+
 def vector_norm(analysis: Analysis, node: fx.Node) -> Axes:
     """Zeros do not change a p-norm with finite p > 0."""
     names = [a.name for a in node.target._schema.arguments]  # type: ignore[union-attr]
@@ -87,7 +97,8 @@ replication_pad3d"""
 
 REDUCE_RULES = {
     **rows("sum mean", partial(reduce, neutral=True)),
-    **rows("amax amin argmax argmin var std prod all any logsumexp", partial(reduce, neutral=False)),
+    **rows("amax amin argmax argmin prod all any logsumexp", partial(reduce, neutral=False)),
+    **rows("var std", variance),
     **rows("linalg_vector_norm norm", vector_norm),
     **rows("softmax _softmax log_softmax cumsum cumprod", along),
     **rows(_SPATIAL_1D, partial(spatial, count=1)),

@@ -200,6 +200,14 @@ def _rewrite_groups(cut: Cut, node: fx.Node) -> None:
         set_argument(node, "groups" if "groups" in names else "num_groups", cut.size(factor))
 
 
+def _rewrite_normalized_shape(cut: Cut, node: fx.Node) -> None:
+    """The size that the statistics run over; a default epsilon follows the dtype and is made explicit."""
+    count, axes = len(argument(node, "normalized_shape")), _tensor_axes(cut, node)
+    set_argument(node, "normalized_shape", list(cut.sizes(axes[-count:])))
+    if argument(node, "eps") is None:
+        set_argument(node, "eps", torch.finfo(node.meta["val"].dtype).eps)
+
+
 def _rewrite_mean(cut: Cut, node: fx.Node) -> None:
     """A mean over positions of which some were zero: its original count is made explicit."""
     axes = _tensor_axes(cut, node.args[0])
@@ -239,6 +247,7 @@ REWRITES: dict[str, Callable[[Cut, fx.Node], None]] = {
     **rows("roll", _rewrite_roll),
     **rows("pad constant_pad_nd", _rewrite_pad),
     **rows(f"{_CONVOLUTIONS} group_norm channel_shuffle", _rewrite_groups),
+    **rows("layer_norm rms_norm", _rewrite_normalized_shape),
     **rows("mean", _rewrite_mean),
     **rows("scaled_dot_product_attention", _rewrite_attention),
     **rows("squeeze", _rewrite_squeeze),
