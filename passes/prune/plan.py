@@ -1,45 +1,30 @@
-"""`PruningPlan`: which indices of which parameter dimensions of the original model go. Kept as JSON, replayed."""
+"""`PruningPlan`: what goes from a model, in terms of the original model. Kept as JSON, replayed, merged.
+
+A plan may hold three things: indices of parameter dimensions (`removals`), single weights that become zero (`masks`)
+and residual blocks that are left out (`blocks`). The first and the last make a network faster, the second only its file
+compressible.
+"""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from ...errors import OutputError, PruningError
 from ...frontend.program import Program
-from .analysis import Analysis
-from .axes import FIXED, Vector
-from .groups import Place, places
+from .blocks import Block, remove_blocks, silence_blocks
 from .masking import mask_program
+from .removals import GroupSummary, Removal, compose_groups, compose_removals, kept_atoms, without_parameters
 from .rules import analyze
 from .slicing import Cut, slice_program
+from .sparsify import SparseMask, compose_masks, mask_weights, zero_weights
 
 _FORMAT = "fxpress-pruning-plan"
-_VERSION = 1
-
-
-@dataclass(frozen=True)
-class Removal:
-    """What goes from one parameter dimension: `removed` are indices into its original `size`."""
-
-    name: str
-    dim: int
-    size: int
-    removed: tuple[int, ...]
-
-
-@dataclass(frozen=True)
-class GroupSummary:
-    """One group in a plan: how many of its literals are kept, and where it occurs ("conv1.weight[0]")."""
-
-    size: int
-    kept: int
-    places: tuple[str, ...]
+_VERSION = 2
+_READABLE = (1, 2)  # version 1 had neither masks nor blocks
+_MACS_AGREE = 1e-3  # a later plan counts the MACs that the earlier one leaves, whole numbers per layer
 
 
 @dataclass(frozen=True)
@@ -55,22 +40,67 @@ class PruningPlan:
     parameters: tuple[int, int]
     request: str = ""
     notes: tuple[str, ...] = field(default=())
+    masks: tuple[SparseMask, ...] = field(default=())
+    blocks: tuple[Block, ...] = field(default=())
+
+    @property
+    def zeros(self) -> int:
+        """How many single weights become zero (positions that are removed as a whole not counted)."""
+        return sum(m.zeros for m in self.masks)
 
     def apply(self, program: Program) -> Program:
         """A new, smaller program. Raises PruningError where the plan does not fit `program`, which is not changed."""
         copy = program.copy()
-        slice_program(self._cut(copy))
+        before = _names(copy)
+        remove_blocks(copy, self.blocks)
+        gone = before - _names(copy)
+        zero_weights(copy, [m for m in self.masks if m.name not in gone])
+        if self.removals:
+            slice_program(self._fit(copy, gone))
         return copy
 
     def mask(self, program: Program) -> Program:
-        """A new program of the original sizes, removed positions zeroed at every consumer: what `apply` must equal."""
+        """What `apply` must equal, a new program of the original sizes: removed positions are zeroed at every consumer,
+        single weights where they are read, branches of removed blocks where they are added."""
         copy = program.copy()
-        mask_program(self._cut(copy))
+        silence_blocks(copy, self.blocks)
+        if self.removals:
+            mask_program(_transferred(self._cut(program.copy()), copy))
+        mask_weights(copy, self.masks)
         return copy
+
+    def merge(self, later: PruningPlan) -> PruningPlan:
+        """One plan that does the work of both, with indices of the original program.
+
+        `later` was made for `self.apply(program)`, so that `self.merge(later).apply(program)` equals
+        `later.apply(self.apply(program))`. Raises PruningError where the two do not follow one another.
+        """
+        left, found = self.macs[1], later.macs[0]
+        if abs(left - found) > _MACS_AGREE * max(left, found):
+            raise PruningError(
+                f"the plans do not follow one another: the first leaves {left:,} MACs, the second expects {found:,}",
+                hint="make the later plan for plan.apply(program)",
+            )
+        gone = {name for block in later.blocks for name in block.tensors}
+        earlier = [r for r in self.removals if r.name not in gone]
+        removals = compose_removals(earlier, later.removals)
+        masks = [m for m in self.masks if m.name not in gone]
+        return replace(
+            self,
+            removals=removals,
+            groups=compose_groups(without_parameters(self.groups, gone), later.groups),
+            macs=(self.macs[0], later.macs[1]),
+            parameters=(self.parameters[0], later.parameters[1]),
+            request="; then ".join(r for r in (self.request, later.request) if r),
+            notes=tuple(dict.fromkeys((*self.notes, *later.notes))),
+            masks=compose_masks(masks, earlier, later.masks, removals),
+            blocks=(*self.blocks, *later.blocks),
+        )
 
     def save(self, path: str | Path) -> None:
         """Write the plan as JSON. Raises OutputError."""
-        data = {"format": _FORMAT, "version": _VERSION, **asdict(self)}
+        fields = {**asdict(replace(self, masks=())), "masks": [m.encoded() for m in self.masks]}
+        data = {"format": _FORMAT, "version": _VERSION, **fields}
         try:
             Path(path).write_text(json.dumps(data, indent=1) + "\n", encoding="utf-8")
         except OSError as error:
@@ -96,52 +126,37 @@ class PruningPlan:
         return "\n".join([head, f"  kept of size   {len(self.groups)} groups", *rows, *notes])
 
     def _cut(self, program: Program) -> Cut:
-        """Find the literals whose removal gives exactly the planned indices."""
+        """Find the literals whose removal gives exactly the planned indices. Blocks are removed from `program` before,
+        in place: the sizes of layers around them may be independent without them."""
+        before = _names(program)
+        remove_blocks(program, self.blocks)
+        return self._fit(program, before - _names(program))
+
+    def _fit(self, program: Program, gone: set[str]) -> Cut:
         analysis = analyze(program)
-        return Cut(analysis, _kept_atoms(self.removals, analysis))
+        return Cut(analysis, kept_atoms([r for r in self.removals if r.name not in gone], analysis))
 
 
-# -- between indices and literals ---------------------------------------------------------------------------------
+def _names(program: Program) -> set[str]:
+    """Every parameter and buffer that the graph reads."""
+    return {str(n.target) for n in program.graph.nodes if n.op == "get_attr"}
 
 
-def _kept_atoms(removals: Iterable[Removal], analysis: Analysis) -> Vector:
-    """Mask over atoms. A literal goes when all positions that need it go; then the indices must come out as planned."""
-    masks = {Place(r.name, r.dim): _planned_mask(r, analysis) for r in removals}
-    needed = np.zeros(analysis.atoms.count, dtype=bool)
-    occurs = np.zeros(analysis.atoms.count, dtype=bool)
-    slots = {place: analysis.atoms.resolve(vector) for place, vector in places(analysis)}
-    for place, matrix in slots.items():
-        occurs[matrix] = True
-        needed[matrix[:, masks[place]] if place in masks else matrix] = True
-    keep = needed | ~occurs
-    keep[FIXED] = True
-    for place, matrix in slots.items():
-        wanted = masks.get(place, np.ones(matrix.shape[1], dtype=bool))
-        pinned = analysis.atoms.pinned(matrix).all(axis=0)
-        if not np.array_equal(keep[matrix].all(axis=0), wanted) or not wanted[pinned].all():
-            raise PruningError(
-                f"the plan does not fit this model: its indices for {place} contradict those for coupled layers",
-                hint="plans only fit the architecture (and the stage of the pipeline) that they were made for",
-            )
-    return keep
-
-
-def _planned_mask(removal: Removal, analysis: Analysis) -> Vector:
-    axes = analysis.tensors.get(removal.name)
-    if axes is None or not 0 <= removal.dim < len(axes):
-        raise PruningError(
-            f"the plan removes indices of {removal.name}[{removal.dim}], which this model does not have",
-            hint="plans only fit the architecture (and the stage of the pipeline) that they were made for",
-        )
-    if len(axes[removal.dim]) != removal.size or not all(0 <= i < removal.size for i in removal.removed):
-        raise PruningError(
-            f"the plan was made for size {removal.size} of {removal.name}[{removal.dim}], here it is "
-            f"{len(axes[removal.dim])}",
-            hint="apply the plan to the unpruned model",
-        )
-    mask = np.ones(removal.size, dtype=bool)
-    mask[list(removal.removed)] = False
-    return mask
+def _transferred(cut: Cut, program: Program) -> Cut:
+    """The same cut for a program that has all nodes of the analysed one (and the blocks that it left out), by name."""
+    nodes = {n.name: n for n in program.graph.nodes}
+    old = cut.analysis
+    analysis = replace(
+        old,
+        program=program,
+        values={nodes[n.name]: v for n, v in old.values.items()},
+        contractions=[replace(c, node=nodes[c.node.name]) for c in old.contractions],
+        statistics=[replace(s, node=nodes[s.node.name]) for s in old.statistics],
+        work=[replace(w, node=nodes[w.node.name]) for w in old.work],
+        maps={nodes[n.name]: m for n, m in old.maps.items()},
+        factors={nodes[n.name]: v for n, v in old.factors.items()},
+    )
+    return Cut(analysis, cut.keep)
 
 
 # -- text and JSON ------------------------------------------------------------------------------------------------
@@ -156,8 +171,8 @@ def _shortened(names: tuple[str, ...], count: int = 3) -> str:
 
 
 def _from_json(data: dict[str, Any]) -> PruningPlan:
-    if data["format"] != _FORMAT or data["version"] != _VERSION:
-        raise ValueError(f"format {data['format']!r} version {data['version']!r}; readable is {_FORMAT!r} {_VERSION}")
+    if data["format"] != _FORMAT or data["version"] not in _READABLE:
+        raise ValueError(f"format {data['format']!r} version {data['version']!r}; readable is {_FORMAT!r} {_READABLE}")
     return PruningPlan(
         removals=tuple(_removal(r) for r in data["removals"]),
         groups=tuple(GroupSummary(g["size"], g["kept"], tuple(g["places"])) for g in data["groups"]),
@@ -165,6 +180,8 @@ def _from_json(data: dict[str, Any]) -> PruningPlan:
         parameters=tuple(data["parameters"]),
         request=str(data["request"]),
         notes=tuple(data["notes"]),
+        masks=tuple(SparseMask.decoded(m["name"], m["shape"], m["kept"]) for m in data.get("masks", ())),
+        blocks=tuple(_block(b) for b in data.get("blocks", ())),
     )
 
 
@@ -173,3 +190,10 @@ def _removal(data: dict[str, Any]) -> Removal:
     if not isinstance(name, str) or not all(isinstance(n, int) for n in (dim, size, *removed)):
         raise ValueError(f"a removal is malformed: {str(data)[:80]}")
     return Removal(name, dim, size, tuple(removed))
+
+
+def _block(data: dict[str, Any]) -> Block:
+    name, node, identity, tensors = data["name"], data["node"], data["identity"], data["tensors"]
+    if not all(isinstance(n, str) for n in (name, node, *tensors)) or identity not in (0, 1):
+        raise ValueError(f"a block is malformed: {str(data)[:80]}")
+    return Block(name, node, identity, tuple(tensors))
