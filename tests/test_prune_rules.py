@@ -431,7 +431,12 @@ def layer_norm_by_hand() -> Probe:
 
 @probe
 def variance() -> Probe:
-    net = Net(lambda n, x: n.o(n.h(x) * n.i(x).var(1, correction=0)[:, None]), i=nn.Linear(6, 16), h=nn.Linear(6, 8), o=nn.Linear(8, 4))
+    net = Net(
+        lambda n, x: n.o(n.h(x) * n.i(x).var(1, correction=0)[:, None]),
+        i=nn.Linear(6, 16),
+        h=nn.Linear(6, 8),
+        o=nn.Linear(8, 4),
+    )
     return net, (2, 6), ("i.weight[0]", "h.weight[0]", "o.weight[1]")
 
 
@@ -445,7 +450,11 @@ def standardized_weights() -> Probe:
         return n.b(F.conv2d(F.relu(n.a(x)), weight, padding=1))
 
     parts = {"w": nn.Parameter(torch.randn(16, 16, 3, 3)), "g": nn.Parameter(torch.ones(16))}
-    return Net(forward, a=conv(3, 16), b=conv(16, 4), **parts), IMAGE, ("a.weight[0]", "w[0]", "w[1]", "g[0]", "b.weight[1]")
+    return (
+        Net(forward, a=conv(3, 16), b=conv(16, 4), **parts),
+        IMAGE,
+        ("a.weight[0]", "w[0]", "w[1]", "g[0]", "b.weight[1]"),
+    )
 
 
 @probe
@@ -616,6 +625,209 @@ def recurrent_beside() -> Probe:
     return net, (2, 5, 6), ("h.weight[0]", "o.weight[1]")
 
 
+def recurrent(kind: type[nn.RNNBase], **options: object) -> Probe:
+    """A recurrent layer behind and before linear ones: its hidden size goes, in all layers and directions."""
+    layer = kind(8, 12, batch_first=True, **options)  # type: ignore[arg-type]
+    width = 24 if layer.bidirectional else 12
+    net = Net(lambda n, x: n.o(n.rnn(n.i(x))[0]), i=nn.Linear(6, 8), rnn=layer, o=nn.Linear(width, 4))
+    last = f"rnn.weight_hh_l{layer.num_layers - 1}"
+    return net, (2, 5, 6), ("i.weight[0]", "rnn.weight_ih_l0[0]", "rnn.weight_ih_l0[1]", f"{last}[1]", "o.weight[1]")
+
+
+@probe
+def lstm() -> Probe:
+    return recurrent(nn.LSTM)
+
+
+@probe
+def lstm_deep_both_ways() -> Probe:
+    return recurrent(nn.LSTM, num_layers=2, bidirectional=True)
+
+
+@probe
+def gru() -> Probe:
+    return recurrent(nn.GRU, num_layers=2)
+
+
+@probe
+def rnn_without_bias() -> Probe:
+    return recurrent(nn.RNN, bias=False, nonlinearity="relu")
+
+
+@probe
+def gru_last_state() -> Probe:
+    net = Net(
+        lambda n, x: n.o(n.rnn(x)[1][-1]), rnn=nn.GRU(6, 12, batch_first=True, bidirectional=True), o=nn.Linear(12, 4)
+    )
+    return net, (2, 5, 6), ("rnn.weight_hh_l0[0]", "rnn.weight_hh_l0_reverse[1]", "o.weight[1]")
+
+
+@probe
+def einsum_attention() -> Probe:
+    """Heads and their features by einsum, with an ellipsis in the projections."""
+
+    def forward(n: Net, x: torch.Tensor) -> torch.Tensor:
+        q, k, v = (torch.einsum("...c,chd->...hd", x, w) for w in (n.q, n.k, n.v))
+        scores = torch.einsum("bihd,bjhd->bhij", q, k) / 8**0.5
+        return torch.einsum("bhij,bjhd,hdc->bic", scores.softmax(-1), v, n.o)
+
+    weights = {name: nn.Parameter(torch.randn(6, 4, 8)) for name in "qkv"}
+    net = Net(forward, **weights, o=nn.Parameter(torch.randn(4, 8, 5)))
+    return net, (2, 7, 6), ("q[1]", "q[2]", "v[2]", "o[0]", "o[1]")
+
+
+@probe
+def einsum_implicit() -> Probe:
+    net = Net(
+        lambda n, x: n.o(torch.einsum("ij,jk", n.i(x), n.w)),
+        i=nn.Linear(6, 16),
+        w=nn.Parameter(torch.randn(16, 12)),
+        o=nn.Linear(12, 3),
+    )
+    return net, (2, 6), ("i.weight[0]", "w[0]", "w[1]", "o.weight[1]")
+
+
+@probe
+def maximum_over_tokens() -> Probe:
+    net = Net(
+        lambda n, x: n.o(n.i(x).max(1)[0] + n.h(x).topk(2, 1)[0].sum(1)),
+        i=nn.Linear(6, 16),
+        h=nn.Linear(6, 16),
+        o=nn.Linear(16, 3),
+    )
+    return net, (2, 7, 6), ("i.weight[0]", "h.weight[0]", "o.weight[1]")
+
+
+@probe
+def sorted_tokens() -> Probe:
+    net = Net(lambda n, x: n.o(n.i(x).sort(1)[0]), i=nn.Linear(6, 16), o=nn.Linear(16, 3))
+    return net, (2, 7, 6), ("i.weight[0]", "o.weight[1]")
+
+
+@probe
+def unfold() -> Probe:
+    net = Net(lambda n, x: n.b(F.unfold(n.a(x), 3, padding=1)), a=conv(3, 8), b=nn.Conv1d(72, 16, 1))
+    return net, IMAGE, ("a.weight[0]", "b.weight[1]")
+
+
+@probe
+def fold_back() -> Probe:
+    def forward(n: Net, x: torch.Tensor) -> torch.Tensor:
+        return n.c(F.fold(F.relu(n.b(F.unfold(x, 2, stride=2))), (8, 8), 2, stride=2))
+
+    return Net(forward, b=nn.Conv1d(12, 32, 1), c=conv(8, 4)), IMAGE, ("b.weight[0]", "c.weight[1]")
+
+
+@probe
+def tokens_by_index() -> Probe:
+    """gather of tokens by data, with the index expanded over the features."""
+
+    def forward(n: Net, x: torch.Tensor) -> torch.Tensor:
+        order = x[..., 0].argsort(1)[:, :3]
+        y = n.i(x)
+        return n.o(y.gather(1, order[..., None].expand(-1, -1, 16)))
+
+    return Net(forward, i=nn.Linear(6, 16), o=nn.Linear(16, 3)), (2, 7, 6), ("i.weight[0]", "o.weight[1]")
+
+
+@probe
+def causal_mask_by_hand() -> Probe:
+    def forward(n: Net, x: torch.Tensor) -> torch.Tensor:
+        q, k, v = n.q(x), n.k(x), n.v(x)
+        scores = (q @ k.transpose(1, 2)).masked_fill(torch.ones(7, 7).triu(1).bool(), float("-inf"))
+        return n.o(scores.softmax(-1) @ v)
+
+    parts = {name: nn.Linear(6, 16) for name in "qkv"}
+    return (
+        Net(forward, **parts, o=nn.Linear(16, 3)),
+        (2, 7, 6),
+        ("q.weight[0]", "k.weight[0]", "v.weight[0]", "o.weight[1]"),
+    )
+
+
+@probe
+def bilinear() -> Probe:
+    net = Net(
+        lambda n, x: n.o(n.w(n.a(x), n.b(x))),
+        a=nn.Linear(6, 12),
+        b=nn.Linear(6, 8),
+        w=nn.Bilinear(12, 8, 16),
+        o=nn.Linear(16, 3),
+    )
+    return net, (2, 6), ("a.weight[0]", "b.weight[0]", "w.weight[0]", "w.weight[1]", "w.weight[2]", "o.weight[1]")
+
+
+@probe
+def sampled_at_a_grid() -> Probe:
+    def forward(n: Net, x: torch.Tensor) -> torch.Tensor:
+        grid = torch.tanh(n.g(x)).permute(0, 2, 3, 1)
+        return n.b(F.grid_sample(n.a(x), grid, align_corners=False))
+
+    return Net(forward, a=conv(3, 16), g=conv(3, 2), b=conv(16, 4)), IMAGE, ("a.weight[0]", "b.weight[1]")
+
+
+@probe
+def multi_head_attention_module() -> Probe:
+    """nn.MultiheadAttention: fused qkv, and heads in a view beside the batch."""
+
+    def forward(n: Net, x: torch.Tensor) -> torch.Tensor:
+        y = n.i(x)
+        return n.o(y + n.m(y, y, y, need_weights=False)[0])
+
+    net = Net(forward, i=nn.Linear(6, 16), m=nn.MultiheadAttention(16, 4, batch_first=True), o=nn.Linear(16, 3))
+    return (
+        net,
+        (2, 7, 6),
+        ("i.weight[0]", "m.in_proj_weight[0]", "m.in_proj_weight[1]", "m.out_proj.weight[1]", "o.weight[1]"),
+    )
+
+
+@probe
+def transformer_encoder_module() -> Probe:
+    layer = nn.TransformerEncoderLayer(16, 4, 32, batch_first=True, norm_first=True)
+    net = Net(
+        lambda n, x: n.o(n.e(n.i(x))),
+        i=nn.Linear(6, 16),
+        e=nn.TransformerEncoder(layer, 2, enable_nested_tensor=False),
+        o=nn.Linear(16, 3),
+    )
+    return (
+        net,
+        (2, 7, 6),
+        ("i.weight[0]", "e.layers.1.linear1.weight[0]", "e.layers.0.self_attn.in_proj_weight[0]", "o.weight[1]"),
+    )
+
+
+@probe
+def rotary() -> Probe:
+    """Rotary embeddings: features i and i + d/2 of a head are one pair, with one frequency."""
+
+    def forward(n: Net, x: torch.Tensor) -> torch.Tensor:
+        angles = torch.outer(torch.arange(7.0), n.frequencies)
+        cos, sin = (torch.cat((f, f), -1)[None, None] for f in (angles.cos(), angles.sin()))
+        q, k, v = (w(x).view(-1, 7, 4, 8).transpose(1, 2) for w in (n.q, n.k, n.v))
+        q, k = (t * cos + torch.cat((-t[..., 4:], t[..., :4]), -1) * sin for t in (q, k))
+        return n.o(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))
+
+    parts = {name: nn.Linear(6, 32) for name in "qkv"}
+    net = Net(forward, **parts, o=nn.Linear(32, 3), frequencies=10.0 ** -torch.arange(4.0))
+    return net, (2, 7, 6), ("q.weight[0]", "v.weight[0]", "frequencies[0]", "o.weight[1]")
+
+
+@probe
+def relative_position_bias() -> Probe:
+    """A table of biases by constant two-dimensional indices, heads last, as in Swin."""
+
+    def forward(n: Net, x: torch.Tensor) -> torch.Tensor:
+        q, k, v = n.qkv(x).reshape(-1, 9, 3, 4, 6).permute(2, 0, 3, 1, 4).unbind(0)
+        scores = q * 6**-0.5 @ k.transpose(-2, -1) + n.table[n.index.view(-1)].view(9, 9, -1).permute(2, 0, 1)
+        return n.o((scores.softmax(-1) @ v).transpose(1, 2).reshape(-1, 9, 24))
+
+    index = torch.arange(9)[:, None] - torch.arange(9)[None] + 8
+    net = Net(forward, qkv=nn.Linear(8, 72), o=nn.Linear(24, 3), table=nn.Parameter(torch.randn(17, 4)), index=index)
+    return net, (2, 9, 8), ("qkv.weight[0]", "table[1]", "o.weight[1]")
+
+
 @probe
 def pyramid_of_heads() -> Probe:
     """A view(h, -1) and a mean over the heads' features."""
@@ -650,7 +862,16 @@ def double_outputs(program: fxpress.Program, x: torch.Tensor) -> torch.Tensor:
 
 
 # Where zero weights say nothing: a weight norm divides by the zero that was put there, and other norms count it.
-NO_ZERO_WEIGHTS = {"weight_norm", "group_norm", "group_norm_inside", "heads_beside_the_batch", "rms_norm", "variance", "standardized_weights"}
+NO_ZERO_WEIGHTS = {
+    "weight_norm",
+    "group_norm",
+    "group_norm_inside",
+    "heads_beside_the_batch",
+    "rms_norm",
+    "variance",
+    "standardized_weights",
+    "transformer_encoder_module",
+}
 
 
 def says_nothing(name: str) -> bool:

@@ -8,7 +8,7 @@ work depends on which axes, how a data movement maps positions, and which factor
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -25,11 +25,23 @@ Value = Axes | list[Axes]  # of a tensor, or of an op with several outputs
 
 @dataclass(frozen=True)
 class Contraction:
-    """Dimension `dim` of the tensor given as `argument` to `node` is summed over."""
+    """Dimension `dim` of the tensor given as `argument` to `node` is summed over.
+
+    `position`: which one, where the argument is a list of tensors.
+    """
 
     node: fx.Node
     argument: str
     dim: int
+    position: int | None = None
+
+    @property
+    def operand(self) -> fx.Node:
+        """The node that gives the tensor."""
+        given = argument(self.node, self.argument)
+        found = given if self.position is None else given[self.position]
+        assert isinstance(found, fx.Node)
+        return found
 
 
 @dataclass(frozen=True)
@@ -107,11 +119,12 @@ class Analysis:
         for vector in axes if isinstance(axes, tuple) else (axes,):
             self.atoms.pin(vector, Reason(text, node))
 
-    def contract(self, node: fx.Node, name: str, dim: int) -> None:
-        """`node` sums over dimension `dim` of its argument `name`."""
-        axes = self.need(node, name)
+    def contract(self, node: fx.Node, name: str, dim: int, position: int | None = None) -> None:
+        """`node` sums over dimension `dim` of its argument `name` (of the tensor at `position` of a list)."""
+        place = Contraction(node, name, dim, position)
+        axes = self.axes(place.operand)
         if axes[dim].any():
-            self.contractions.append(Contraction(node, name, dim % len(axes)))
+            self.contractions.append(replace(place, dim=dim % len(axes)))
 
     def normalize(self, node: fx.Node, name: str, axes: Axes, dims: tuple[int, ...]) -> None:
         """`node` takes mean and variance over `dims` of its argument `name`, read with these axes."""

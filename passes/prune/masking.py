@@ -14,34 +14,36 @@ from ...errors import VerificationError
 from ...frontend.program import Program
 from ..rewrite import argument, aten, call_before, put_constant, set_argument
 from ..verify import in_double, refresh_values, relative_difference
+from .analysis import Contraction
 from .neutral import neutralize
 from .slicing import Cut
 
 
 def mask_program(cut: Cut) -> int:
     """Insert the masks into the program of the cut's analysis, in place. Returns how many were needed."""
-    analysis, count = cut.analysis, 0
-    for place in analysis.contractions:
-        vector = analysis.need(place.node, place.argument)[place.dim]
-        mask = cut.mask(vector)
-        if mask.all():
-            continue
-        _mask_operand(analysis.program, place.node, place.argument, place.dim, torch.from_numpy(mask))
-        count += 1
-    count += neutralize(cut)
+    analysis = cut.analysis
+    masks = [(c, cut.mask(analysis.axes(c.operand)[c.dim])) for c in analysis.contractions]
+    needed = [(place, mask) for place, mask in masks if not mask.all()]
+    for place, mask in needed:
+        _mask_operand(analysis.program, place, torch.from_numpy(mask))
+    count = len(needed) + neutralize(cut)
     analysis.program.graph.lint()
     analysis.program.graph_module.recompile()
     refresh_values(analysis.program, "the oracle of pruning")
     return count
 
 
-def _mask_operand(program: Program, node: fx.Node, name: str, dim: int, mask: torch.Tensor) -> None:
-    operand = argument(node, name)
+def _mask_operand(program: Program, place: Contraction, mask: torch.Tensor) -> None:
+    node, operand = place.node, place.operand
     value = operand.meta["val"]
     shape = [1] * value.ndim
-    shape[dim] = -1
+    shape[place.dim] = -1
     constant = put_constant(program, f"{node.name}_keep", mask.to(value.dtype).reshape(shape), node)
-    set_argument(node, name, call_before(node, aten.mul.Tensor, operand, constant, value=value))
+    masked = call_before(node, aten.mul.Tensor, operand, constant, value=value)
+    given = argument(node, place.argument)
+    if place.position is not None:
+        given = [masked if i == place.position else item for i, item in enumerate(given)]
+    set_argument(node, place.argument, masked if place.position is None else given)
 
 
 def oracle_error(

@@ -16,9 +16,11 @@ from ...errors import PruningError
 from ...frontend.program import Program, get_attribute, source_of
 from .analysis import Analysis, Value, concrete, flat_axes, op_name, shape_of
 from .axes import Atoms, Axes, Reason
+from .rules_einsum import EINSUM_RULES
 from .rules_elementwise import ELEMENTWISE_RULES
 from .rules_layers import LAYER_RULES
 from .rules_movement import MOVEMENT_RULES
+from .rules_recurrent import RECURRENT_RULES
 from .rules_reduce import REDUCE_RULES
 from .rules_shape import SHAPE_RULES
 
@@ -27,6 +29,8 @@ Rule = Callable[[Analysis, fx.Node], Value]
 RULES: dict[str, Rule] = {
     **ELEMENTWISE_RULES,
     **LAYER_RULES,
+    **EINSUM_RULES,
+    **RECURRENT_RULES,
     **REDUCE_RULES,
     **SHAPE_RULES,
     **MOVEMENT_RULES,

@@ -6,7 +6,7 @@ from torch import fx
 
 from ..rewrite import argument
 from .analysis import Analysis, op_name, rows, shape_of
-from .axes import Axes, Vector
+from .axes import Axes
 from .rules_elementwise import broadcast
 
 
@@ -145,6 +145,32 @@ def embedding(analysis: Analysis, node: fx.Node) -> Axes:
     return (*indices, weight[1])
 
 
+def outer(analysis: Analysis, node: fx.Node) -> Axes:
+    """[n] x [m] -> [n, m]."""
+    first, second = (analysis.axes(n) for n in node.all_input_nodes[:2])
+    analysis.costs(node)
+    return (*first, *second)
+
+
+def bilinear(analysis: Analysis, node: fx.Node) -> Axes:
+    """x1^T W x2 with a weight [out, in1, in2]."""
+    left, right, weight = (analysis.need(node, n) for n in ("input1", "input2", "weight"))
+    for name, axes, dim in (("input1", left, 1), ("input2", right, 2)):
+        analysis.same(axes[-1], weight[dim], node)
+        analysis.contract(node, name, -1)
+    _parameter(analysis, node, weight[:1], "bias")
+    batch = broadcast(analysis, node, [left[:-1], right[:-1]], shape_of(node)[:-1])
+    analysis.costs(node, *batch, *weight)
+    return (*batch, weight[0])
+
+
+def grid_sample(analysis: Analysis, node: fx.Node) -> Axes:
+    """Each channel is read at the same places [N, .., 2 or 3]."""
+    x, grid = analysis.need(node, "input"), analysis.need(node, "grid")
+    slide(analysis, node, (*x[2:], *grid))
+    return (*x[:2], *analysis.fixed(node, slice(2, None)))
+
+
 def attention(analysis: Analysis, node: fx.Node) -> Axes:
     """softmax(q k^T * scale) v over [..., heads, tokens, features]; key positions stay, for the softmax."""
     q, k, v = (analysis.need(node, n) for n in ("query", "key", "value"))
@@ -184,5 +210,8 @@ LAYER_RULES = {
     **rows("group_norm", group_norm),
     **rows("_weight_norm", weight_norm),
     **rows("embedding", embedding),
+    **rows("outer ger", outer),
+    **rows("bilinear", bilinear),
+    **rows("grid_sampler grid_sampler_2d grid_sampler_3d", grid_sample),
     **rows("scaled_dot_product_attention", attention),
 }

@@ -145,6 +145,83 @@ def _indexed_axes(analysis: Analysis, node: fx.Node, axes: Axes, used: list[int]
     return (*rest[:place], *analysis.fixed(node, slice(place, place + count)), *rest[place:])
 
 
+def diagonal_mask(analysis: Analysis, node: fx.Node) -> Axes:
+    """`tril` and `triu`: which values stay depends on the positions in the last two dimensions."""
+    axes = analysis.axes(node.args[0])
+    analysis.pin(axes[-2:], node, f"{op_name(node)} compares positions of it")
+    return axes
+
+
+def gather(analysis: Analysis, node: fx.Node) -> Axes:
+    """Positions along `dim` by indices, for each position of the other dimensions by itself."""
+    axes, index = analysis.axes(node.args[0]), analysis.need(node, "index")
+    _beside(analysis, node, axes, index, argument(node, "dim"))
+    return index
+
+
+def scatter(analysis: Analysis, node: fx.Node) -> Axes:
+    """Values are written or added at positions along `dim`; `index_add` and friends have one vector of positions."""
+    axes, dim = analysis.axes(node.args[0]), argument(node, "dim")
+    names = [a.name for a in node.target._schema.arguments]  # type: ignore[union-attr]
+    for name in ("index", "src", "source"):
+        other = analysis.of(node, name) if name in names else None
+        if other is not None:
+            _beside(analysis, node, axes, other, dim)
+    return axes
+
+
+def _beside(analysis: Analysis, node: fx.Node, axes: Axes, other: Axes, dim: int) -> None:
+    """`other` has the dimensions of `axes`, but for `dim`, where positions are taken by their numbers."""
+    if len(other) != len(axes):
+        analysis.pin((*other, axes[dim]), node, f"{op_name(node)} takes positions of it")
+        return
+    for i, (mine, its) in enumerate(zip(axes, other)):
+        if i != dim % len(axes) and len(mine) == len(its):
+            analysis.same(mine, its, node)
+        else:
+            analysis.pin((mine, its), node, f"{op_name(node)} takes positions of it")
+
+
+def index_put(analysis: Analysis, node: fx.Node) -> Axes:
+    """x[indices] = values: the indexed dimensions stay, and so does what the values have."""
+    axes, given = analysis.axes(node.args[0]), argument(node, "indices")
+    for i, used in enumerate(given):
+        if used is not None:
+            analysis.pin(axes[i], node, "index_put writes at positions of it")
+            analysis.pin(analysis.axes(used), node, "used as indices")
+    values = analysis.need(node, "values")
+    if any(v.any() for v in values) or any(n is not None and n.meta["val"].dtype in _MASKS for n in given):
+        analysis.pin((*values, *axes), node, "index_put writes values that have dimensions of their own")
+    return axes
+
+
+_MASKS = (torch.bool, torch.uint8)
+
+
+def windows(analysis: Analysis, node: fx.Node) -> Axes:
+    """Tensor.unfold: windows of one dimension, put last."""
+    axes, dim = analysis.axes(node.args[0]), argument(node, "dimension")
+    analysis.pin(axes[dim], node, "unfold cuts windows out of it")
+    fixed = analysis.fixed(node)
+    return (*_replaced(axes, dim, fixed[dim % len(axes)]), fixed[-1])
+
+
+def im2col(analysis: Analysis, node: fx.Node) -> Axes:
+    """[N, C, H, W] -> [N, C x window, places]: each channel once for every cell of the window."""
+    axes, kernel = analysis.axes(node.args[0]), argument(node, "kernel_size")
+    analysis.pin(axes[-2:], node, "im2col slides a window over it")
+    return (*axes[:-3], np.repeat(axes[-3], kernel[0] * kernel[1]), analysis.fixed(node)[-1])
+
+
+def col2im(analysis: Analysis, node: fx.Node) -> Axes:
+    """[N, C x window, places] -> [N, C, H, W]."""
+    axes, kernel = analysis.axes(node.args[0]), argument(node, "kernel_size")
+    window = kernel[0] * kernel[1]
+    channels, cells = analysis.atoms.split(axes[-2], len(axes[-2]) // window, window)
+    analysis.pin((cells, axes[-1]), node, "col2im adds it up in space")
+    return (*axes[:-2], channels, *analysis.fixed(node)[-2:])
+
+
 def slice_scatter(analysis: Analysis, node: fx.Node) -> Axes:
     """A copy of x with a slice replaced: the sliced dimension stays, the others are shared."""
     axes, source = analysis.axes(node.args[0]), analysis.need(node, "src")
@@ -216,5 +293,12 @@ MOVEMENT_RULES = {
     **rows("index_select", index_select),
     **rows("index", index),
     **rows("slice_scatter", slice_scatter),
+    **rows("gather", gather),
+    **rows("scatter scatter_add scatter_reduce index_add index_copy index_fill", scatter),
+    **rows("index_put", index_put),
+    **rows("tril triu", diagonal_mask),
+    **rows("unfold", windows),
+    **rows("im2col", im2col),
+    **rows("col2im", col2im),
     **rows("constant_pad_nd pad", pad),
 }

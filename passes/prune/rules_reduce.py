@@ -7,8 +7,9 @@ from functools import partial
 from torch import fx
 
 from ..rewrite import argument
-from .analysis import Analysis, concrete, op_name, rows
+from .analysis import Analysis, Value, concrete, op_name, rows
 from .axes import Axes
+from .rules_elementwise import elementwise
 from .rules_layers import slide
 
 
@@ -67,6 +68,30 @@ def along(analysis: Analysis, node: fx.Node) -> Axes:
     return axes
 
 
+def extreme(analysis: Analysis, node: fx.Node) -> Value:
+    """`max` and `min`: of two tensors, over everything, or along `dim` with the positions."""
+    names = [a.name for a in node.target._schema.arguments]  # type: ignore[union-attr]
+    if "other" in names:
+        return elementwise(analysis, node)
+    axes = reduce(analysis, node, neutral=False)
+    return [axes, axes] if "dim" in names else axes
+
+
+def ordering(analysis: Analysis, node: fx.Node) -> Value:
+    """`sort`, `topk` and friends: values and positions along a dimension whose positions all stay."""
+    value = node.meta["val"]
+    names = [a.name for a in node.target._schema.arguments]  # type: ignore[union-attr]
+    if "dim" not in names:
+        return reduce(analysis, node, neutral=False)
+    axes, dim = list(_first(analysis, node)[1]), argument(node, "dim")
+    shape = (value[0] if isinstance(value, (tuple, list)) else value).shape
+    if axes:
+        analysis.pin(axes[dim], node, f"{op_name(node)} runs along this dimension")
+        rest = [analysis.atoms.fixed(concrete(shape[dim]))] if len(shape) == len(axes) else []
+        axes[dim % len(axes) : dim % len(axes) + 1] = rest
+    return [tuple(axes)] * len(value) if isinstance(value, (tuple, list)) else tuple(axes)
+
+
 def spatial(analysis: Analysis, node: fx.Node, count: int) -> Axes:
     """The last `count` dimensions are space; all before them pass."""
     _, axes = _first(analysis, node)
@@ -100,7 +125,9 @@ REDUCE_RULES = {
     **rows("amax amin argmax argmin prod all any logsumexp", partial(reduce, neutral=False)),
     **rows("var std", variance),
     **rows("linalg_vector_norm norm", vector_norm),
-    **rows("softmax _softmax log_softmax cumsum cumprod", along),
+    **rows("max min", extreme),
+    **rows("sort topk kthvalue median mode argsort cummax cummin", ordering),
+    **rows("softmax _softmax log_softmax cumsum cumprod logcumsumexp", along),
     **rows(_SPATIAL_1D, partial(spatial, count=1)),
     **rows(_SPATIAL_2D, partial(spatial, count=2)),
     **rows(_SPATIAL_3D, partial(spatial, count=3)),
