@@ -8,7 +8,6 @@ are the one exception: their mean and variance are those of the kept positions, 
 from __future__ import annotations
 
 import torch
-from torch import fx
 
 from ...errors import VerificationError
 from ...frontend.program import Program
