@@ -96,6 +96,7 @@ def read(path: Path) -> dict[str, Row]:
 
 def page(rows: list[Row]) -> str:
     """docs/zoo.md."""
+    zoo_models.declare_operators()
     import timm
     import torch
     import torchvision

@@ -153,10 +153,15 @@ Loaded = tuple[nn.Module, tuple[Any, ...], dict[str, Any]]  # module, args, kwar
 def load(name: str) -> Loaded:
     """A model with random weights in eval mode, and example inputs with batch 2."""
     library, _, model = name.partition(":")
-    _KEEP.append(declare_torchvision_operators())
+    declare_operators()
     torch.manual_seed(0)
     module, args, kwargs = {"timm": _timm, "torchvision": _torchvision, "transformers": _transformers}[library](model)
     return redraw(module).eval(), args, kwargs
+
+
+def declare_operators() -> None:
+    """Call before importing timm or torchvision, whose compiled operators may be missing."""
+    _KEEP.append(declare_torchvision_operators())
 
 
 def _timm(name: str) -> Loaded:

@@ -23,6 +23,7 @@ from torch import fx
 from torch.utils import _pytree as pytree
 
 from ..errors import CaptureError, DataError, first_line
+from .aliases import use_canonical_names
 from .functionalize import functionalize
 from .program import Program, delete_attribute, describe_tensors
 
@@ -63,6 +64,7 @@ def program_from_exported(
     graph_module = exported.module(check_guards=False)
     if example_leaves is None:
         example_leaves = tuple(pytree.tree_leaves(exported.example_inputs))
+    use_canonical_names(graph_module)
     functionalize(graph_module)
     _drop_counters(graph_module)
     program = Program(graph_module, example_leaves, (), ())

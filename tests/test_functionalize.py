@@ -7,6 +7,8 @@ import torch
 from torch import nn
 
 import fxpress
+from fxpress.frontend.aliases import NAMES, canonical
+from fxpress.frontend.cost import op_name
 
 
 class ReluInPlace(nn.Module):
@@ -115,3 +117,27 @@ def test_same_as_eager_and_free_of_writes(module, batch):
     for node in program.graph.nodes:
         schema = getattr(node.target, "_schema", None)
         assert schema is None or not schema.is_mutable, node.target
+
+
+def test_alias_ops_get_their_usual_names() -> None:
+    class Net(nn.Module):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            y = torch.multiply(x, 2).clip(0, 1).swapaxes(1, 2)
+            y = y.clone().subtract_(torch.special.expit(y))
+            return torch.concat([y, torch.absolute(y)], 1)
+
+    x = torch.randn(2, 3, 4)
+    program = fxpress.capture(Net(), x)
+    names = {op_name(n).removeprefix("aten.") for n in program.graph.nodes if n.op == "call_function"}
+    assert {"mul", "clamp", "transpose", "sub", "sigmoid", "cat", "abs"} <= names
+    assert not names & {"multiply", "clip", "swapaxes", "subtract", "subtract_", "special_expit", "concat", "absolute"}
+    torch.testing.assert_close(program(x), Net()(x))
+
+
+def test_every_alias_has_the_arguments_of_its_canonical_op() -> None:
+    for name in NAMES:
+        packet = getattr(torch.ops.aten, name)
+        for overload in packet.overloads():
+            op = getattr(packet, overload)
+            mine, its = ([(a.name, str(a.type)) for a in o._schema.arguments] for o in (op, canonical(op)))
+            assert mine == its, op

@@ -21,6 +21,7 @@ from fxpress.passes.prune.masking import in_double, oracle_error
 from fxpress.passes.prune.plan import PruningPlan
 from fxpress.passes.prune.planning import plan_pruning
 from fxpress.passes.prune.rules import analyze
+from fxpress.passes.rewrite import argument
 from fxpress.passes.verify import relative_difference
 
 Probe = tuple[nn.Module, tuple[int, ...], tuple[str, ...]]
@@ -459,14 +460,21 @@ def standardized_weights() -> Probe:
 
 @probe
 def weight_norm() -> Probe:
-    """The last layer's norm runs over its inputs, which stay; its outputs go."""
+    """Inputs of a normalized filter go too: its gain makes up for what its norm loses."""
     norm = torch.nn.utils.parametrizations.weight_norm
-    net = Net(lambda n, x: n.c(F.relu(n.b(F.relu(n.a(x))))), a=conv(3, 16), b=norm(conv(16, 16)), c=conv(16, 4))
-    return (
-        net,
-        IMAGE,
-        ("b.parametrizations.weight.original0[0]", "b.parametrizations.weight.original1[0]", "c.weight[1]"),
-    )
+    net = Net(lambda n, x: n.c(F.relu(n.b(F.relu(n.a(x))))), a=conv(3, 16), b=norm(conv(16, 16)), c=norm(conv(16, 4)))
+    b, c = "b.parametrizations.weight.original", "c.parametrizations.weight.original"
+    return net, IMAGE, (f"{b}0[0]", f"{b}1[0]", f"{b}1[1]", f"{c}1[1]")
+
+
+@probe
+def weight_norm_by_position() -> Probe:
+    """A gain for each position of the kernel, as in wav2vec 2.0."""
+    norm = torch.nn.utils.parametrizations.weight_norm
+    middle = norm(nn.Conv1d(16, 16, 3, padding=1, groups=2), dim=2)
+    net = Net(lambda n, x: n.c(F.gelu(n.b(n.a(x)))), a=nn.Conv1d(3, 16, 1), b=middle, c=nn.Conv1d(16, 4, 1))
+    b = "b.parametrizations.weight.original1"
+    return net, (2, 3, 9), ("a.weight[0]", f"{b}[0]", f"{b}[1]", "c.weight[1]")
 
 
 @probe
@@ -864,6 +872,7 @@ def double_outputs(program: fxpress.Program, x: torch.Tensor) -> torch.Tensor:
 # Where zero weights say nothing: a weight norm divides by the zero that was put there, and other norms count it.
 NO_ZERO_WEIGHTS = {
     "weight_norm",
+    "weight_norm_by_position",
     "group_norm",
     "group_norm_inside",
     "heads_beside_the_batch",
@@ -904,6 +913,29 @@ def test_pruned_equals_masked(name: str) -> None:
         assert relative_difference(double_outputs(zeroed, x), expected) <= 1e-9 or says_nothing(name)
         # The mask takes something away: agreement with it is not empty.
         assert relative_difference(double_outputs(program, x), expected) > 1e-3
+
+
+@pytest.mark.parametrize("name", ["weight_norm", "weight_norm_by_position"])
+def test_the_gain_makes_up_for_what_a_weight_norm_loses(name: str) -> None:
+    """The kept weights do not change: with the removed ones zeroed after the norm, the original gives the same."""
+    module, shape, _ = PROBES[name]()
+    redraw(module.eval())
+    program = fxpress.capture(module, (torch.randn(shape),))
+    plan = plan_pruning(program, ratio=0.5)
+    pruned = plan.apply(program)
+    removed = {(r.name, r.dim): r.removed for r in plan.removals}
+    kept = {n.name: _norm_weight(pruned, n) for n in pruned.graph.nodes if "weight_norm" in str(n.target)}
+    for node in (n for n in program.graph.nodes if n.name in kept):
+        weight = _norm_weight(program, node)
+        for dim in range(weight.ndim):
+            gone = removed.get((str(node.args[0].target), dim), ())
+            weight = weight.index_select(dim, torch.tensor([i for i in range(weight.shape[dim]) if i not in gone]))
+        torch.testing.assert_close(kept[node.name], weight, rtol=1e-6, atol=1e-6)
+
+
+def _norm_weight(program: fxpress.Program, node: torch.fx.Node) -> torch.Tensor:
+    v, g = (program.state_dict()[str(a.target)] for a in node.args[:2])
+    return torch._weight_norm(v, g, argument(node, "dim"))
 
 
 @pytest.mark.parametrize("name", PROBES)

@@ -18,7 +18,7 @@ from ...frontend.cost import op_name
 from ...frontend.program import Program
 from ..rewrite import argument, aten, call_before, put_constant, replace
 from .analysis import Statistics, rows, sizes_of
-from .slicing import Cut
+from .slicing import Cut, compensated_gain
 
 
 def neutralize(cut: Cut) -> int:
@@ -34,7 +34,7 @@ class _Norm:
 
     def __init__(self, cut: Cut, statistics: Statistics) -> None:
         self.program: Program = cut.analysis.program
-        self.node = statistics.node
+        self.node, self.cut = statistics.node, cut
         self.shape, self.dims = sizes_of(statistics.axes), list(statistics.dims)
         masked = [d for d in self.dims if cut.changed(statistics.axes[d])]
         masks = [torch.from_numpy(cut.mask(statistics.axes[d])) for d in masked]
@@ -76,8 +76,8 @@ class _Norm:
         return x
 
     def _with_epsilon(self, x: fx.Node) -> fx.Node:
-        epsilon = argument(self.node, "eps")
-        return self.call(aten.add.Tensor, x, torch.finfo(self.node.meta["val"].dtype).eps if epsilon is None else epsilon)
+        given = argument(self.node, "eps")
+        return self.call(aten.add.Tensor, x, torch.finfo(_dtype(self.node)).eps if given is None else given)
 
     def _constant(self, dims: list[int], masks: list[torch.Tensor]) -> fx.Node:
         whole = torch.ones(())
@@ -110,6 +110,15 @@ def _group_norm(norm: _Norm) -> fx.Node:
     return norm.affine(norm.call(aten.flatten.using_ints, norm.standardized(apart), 1, 2), 1)
 
 
+def _weight_norm(norm: _Norm) -> fx.Node:
+    """v * g / |v| with the norm of what is kept, and the gain that makes up for it."""
+    v = argument(norm.node, "v")
+    squares = norm.call(aten.mul.Tensor, norm.call(aten.mul.Tensor, v, v), norm.mask)
+    scale = norm.call(aten.rsqrt.default, norm.call(aten.sum.dim_IntList, squares, norm.dims, True))
+    gain = put_constant(norm.program, f"{norm.node.name}_gain", compensated_gain(norm.cut, norm.node), norm.node)
+    return norm.call(aten.mul.Tensor, v, norm.call(aten.mul.Tensor, gain, scale))
+
+
 def _variance(norm: _Norm) -> fx.Node:
     """`var` and `std` with a correction, which counts kept positions."""
     node = norm.node
@@ -135,5 +144,6 @@ _WRITERS: dict[str, Callable[[_Norm], fx.Node]] = {
     **rows("rms_norm", _rms_norm),
     **rows("batch_norm", _batch_norm),
     **rows("group_norm", _group_norm),
+    **rows("_weight_norm", _weight_norm),
     **rows("var std", _variance),
 }

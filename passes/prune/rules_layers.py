@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import fx
 
-from ..rewrite import argument
+from ..rewrite import argument, is_constant
 from .analysis import Analysis, op_name, rows, shape_of
 from .axes import Axes
 from .rules_elementwise import broadcast
@@ -128,13 +128,13 @@ def group_norm(analysis: Analysis, node: fx.Node) -> Axes:
 
 
 def weight_norm(analysis: Analysis, node: fx.Node) -> Axes:
-    """g * v / |v|, the norm taken over all dimensions but `dim`."""
-    values, scale, dim = analysis.need(node, "v"), analysis.need(node, "g"), argument(node, "dim")
-    for i, (mine, its) in enumerate(zip(values, scale)):
-        if i == dim % len(values):
-            analysis.same(mine, its, node)
-        else:
-            analysis.pin((mine, its), node, "weight_norm takes its norm over this dimension")
+    """g * v / |v|, the norm taken over all dimensions but `dim`. Slicing makes up in g for what |v| loses."""
+    values, scale = analysis.need(node, "v"), analysis.need(node, "g")
+    dim = argument(node, "dim") % len(values)
+    analysis.same(values[dim], scale[dim], node)
+    if not all(is_constant(argument(node, n)) for n in "vg") or len(argument(node, "g").users) > 1:
+        analysis.pin((*values[:dim], *values[dim + 1 :]), node, "weight_norm takes its norm over this dimension")
+    analysis.normalize(node, "v", values, tuple(d for d in range(len(values)) if d != dim))
     return values
 
 

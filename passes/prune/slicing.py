@@ -17,8 +17,8 @@ from torch import fx
 
 from ...errors import PruningError
 from ...frontend.cost import concrete, op_name
-from ...frontend.program import get_attribute, source_of
-from ..rewrite import argument, aten, call_after, put_constant, set_argument
+from ...frontend.program import get_attribute, set_attribute, source_of
+from ..rewrite import argument, aten, call_after, constant, put_constant, set_argument
 from ..verify import refresh_values
 from .analysis import Analysis, flat_axes, rows
 from .axes import Axes, Vector
@@ -217,6 +217,23 @@ def _rewrite_mean(cut: Cut, node: fx.Node) -> None:
         node.replace_all_uses_with(scaled, delete_user_cb=lambda user: user is not scaled)
 
 
+def _rewrite_weight_norm(cut: Cut, node: fx.Node) -> None:
+    gain = compensated_gain(cut, node)
+    path = str(argument(node, "g").target)
+    set_attribute(cut.analysis.program.graph_module, path, torch.nn.Parameter(gain))
+
+
+def compensated_gain(cut: Cut, node: fx.Node) -> torch.Tensor:
+    """Of a weight_norm: g * |v kept| / |v|, so that the weights that are kept do not change. Full size along `dim`."""
+    v, g = (constant(cut.analysis.program, argument(node, name)).detach() for name in "vg")  # type: ignore[union-attr]
+    dims = [d for d in range(v.ndim) if d != argument(node, "dim") % v.ndim]
+    kept = v
+    for d in dims:
+        kept = kept.index_select(d, torch.from_numpy(np.flatnonzero(cut.mask(cut.analysis.need(node, "v")[d]))))
+    whole, part = (torch.linalg.vector_norm(t.double(), dim=dims, keepdim=True) for t in (v, kept))
+    return (g * torch.where(whole > 0, part / whole, torch.ones_like(whole))).to(g.dtype)
+
+
 def _rewrite_attention(cut: Cut, node: fx.Node) -> None:
     """The default scale depends on the size of the features, so it is made explicit."""
     query = cut.analysis.need(node, "query")
@@ -249,6 +266,7 @@ REWRITES: dict[str, Callable[[Cut, fx.Node], None]] = {
     **rows(f"{_CONVOLUTIONS} group_norm channel_shuffle", _rewrite_groups),
     **rows("layer_norm rms_norm", _rewrite_normalized_shape),
     **rows("mean", _rewrite_mean),
+    **rows("_weight_norm", _rewrite_weight_norm),
     **rows("scaled_dot_product_attention", _rewrite_attention),
     **rows("squeeze", _rewrite_squeeze),
     **rows("repeat_interleave", _rewrite_interleave),
