@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from .passes.manager import run_passes as run_passes
     from .passes.prune.plan import PruningPlan as PruningPlan
     from .passes.prune.planning import plan_pruning as plan_pruning
+    from .passes.prune.recover import recover as recover
     from .runtime.artifact import Artifact as Artifact
     from .runtime.bundle import load as load
 
@@ -42,6 +43,7 @@ _LAZY = {
     "load": ".runtime.bundle",
     "plan_pruning": ".passes.prune.planning",
     "quantize": ".api",
+    "recover": ".passes.prune.recover",
     "register_pass": ".passes.base",
     "run_passes": ".passes.manager",
     "to_onnx": ".api",

@@ -12,6 +12,7 @@ MODULES = (
     "fuse_batchnorm",
     "canonicalize",
     "prune.passes",
+    "prune.recover",
     "quantize.passes",
 )
 ENTRY_POINTS = "fxpress.passes"
