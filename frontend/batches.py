@@ -49,6 +49,13 @@ class Batches:
             raise DataError("the data hold no examples", hint="give at least one batch")
         self.count = count
 
+    def labelled(self) -> Iterator[tuple[tuple[torch.Tensor, ...], torch.Tensor]]:
+        """The checked batches, each with its labels: the one leaf more than the program has inputs."""
+        for index, item in enumerate(self.source()):
+            batch = flat_inputs(self.program.inputs, item)
+            check_batch(self.program.inputs, batch, index)
+            yield batch, _labels(self.program.inputs, item)
+
     def first(self, examples: int | None = None) -> tuple[torch.Tensor, ...]:
         """The first batch, cut to `examples`."""
         batch = next(iter(self))
@@ -81,6 +88,19 @@ def flat_inputs(infos: tuple[TensorInfo, ...], item: Any) -> tuple[torch.Tensor,
             hint="give inputs, or (inputs, labels), in the order of the model's arguments",
         )
     return tuple(_as_tensor(x, i) for x, i in zip(leaves, infos))
+
+
+def _labels(infos: tuple[TensorInfo, ...], item: Any) -> torch.Tensor:
+    if isinstance(item, Mapping):
+        given = [item[n] for n in LABEL_NAMES if n in item]
+    else:
+        given = [x for x in pytree.tree_leaves(item) if x is not None][len(infos) :]
+    if len(given) != 1:
+        raise DataError(
+            "a batch holds no labels",
+            hint="give (inputs, labels), in a list or DataLoader (a one-shot iterator keeps its inputs only)",
+        )
+    return given[0] if isinstance(given[0], torch.Tensor) else torch.as_tensor(given[0])
 
 
 def examples_in(batch: tuple[Any, ...]) -> int:
