@@ -20,6 +20,7 @@ from torch import fx
 
 from ...errors import PruningError
 from ...frontend.program import Program, get_attribute
+from ..cleanup import is_identity
 from ..rewrite import argument, aten, call_before, erase_dead
 
 
@@ -118,11 +119,12 @@ class DataFlow:
         """Which argument of `node` is the x of x + f(x): [0], [1], or [] where it is no such sum."""
         if not _is_sum(node):
             return []
-        direct = [i for i in (0, 1) if self._fits(node, i) and self._makes_block(node.args[i], node.args[1 - i])]
-        if direct:
-            return direct[:1]
-        nested = (i for i in (0, 1) if self._fits(node, i))
-        return [i for i in nested if any(self._makes_block(s, node.args[1 - i]) for s in _summands(node.args[i]))][:1]
+        fitting = [i for i in (0, 1) if self._fits(node, i)]
+        for origins in (_itself, _summands):
+            found = [i for i in fitting if any(self._makes_block(x, node.args[1 - i]) for x in origins(node.args[i]))]
+            if found:
+                return found[:1]
+        return []
 
     def _fits(self, node: fx.Node, identity: int) -> bool:
         """May the sum be replaced by this argument?"""
@@ -155,6 +157,10 @@ class DataFlow:
         """The parameters and buffers on the way to a node."""
         bits = self._above[self._number[node]]
         return {name for i, name in self._tensors.items() if bits >> i & 1}
+
+    def depends(self, node: fx.Node, on: fx.Node) -> bool:
+        """Is `node` computed from `on`?"""
+        return bool(self._above[self._number[node]] >> self._number[on] & 1)
 
     def live(self, removed: Collection[tuple[str, int]]) -> set[str]:
         """The parameters and buffers that the outputs need when these sums (name, identity) become their identity."""
@@ -194,13 +200,19 @@ def _form(node: fx.Node) -> tuple[str, torch.dtype]:
     return str(tuple(value.shape)), value.dtype
 
 
+def _itself(value: object) -> Iterator[fx.Node]:
+    """A node, and what it is a copy of."""
+    while isinstance(value, fx.Node):
+        yield value
+        value = value.args[0] if value.op == "call_function" and is_identity(value) else None
+
+
 def _summands(value: object) -> Iterator[fx.Node]:
     """The terms of a sum that is read only by another sum, without scaled ones."""
     if isinstance(value, fx.Node) and _is_sum(value) and len(value.users) == 1 and argument(value, "alpha") == 1:
         for term in value.args:
-            if isinstance(term, fx.Node):
-                yield term
-                yield from _summands(term)
+            yield from _itself(term)
+            yield from _summands(term)
 
 
 # -- names --------------------------------------------------------------------------------------------------------

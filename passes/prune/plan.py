@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 from dataclasses import asdict, dataclass, field, replace
+from math import prod
 from pathlib import Path
 from typing import Any
 
@@ -47,6 +48,11 @@ class PruningPlan:
     def zeros(self) -> int:
         """How many single weights become zero (positions that are removed as a whole not counted)."""
         return sum(m.zeros for m in self.masks)
+
+    @property
+    def effects(self) -> tuple[str, ...]:
+        """What each kind of pruning in the plan does to speed and size, honestly, in sentences."""
+        return tuple(s for s in (_channel_effect(self), _block_effect(self), _weight_effect(self)) if s)
 
     def apply(self, program: Program) -> Program:
         """A new, smaller program. Raises PruningError where the plan does not fit `program`, which is not changed."""
@@ -120,10 +126,11 @@ class PruningPlan:
             ) from error
 
     def __repr__(self) -> str:
-        rows = [f"  {g.kept:>5} of {g.size:<5} {_shortened(g.places)}" for g in self.groups]
         head = f"PruningPlan({self.request}): MACs {_share(self.macs)}, parameters {_share(self.parameters)}"
+        rows = [f"  {g.kept:>5} of {g.size:<5} {_shortened(g.places)}" for g in self.groups]
+        table = [f"  kept of size   {len(self.groups)} groups", *rows] if rows else []
         notes = [f"  note: {n}" for n in self.notes]
-        return "\n".join([head, f"  kept of size   {len(self.groups)} groups", *rows, *notes])
+        return "\n".join([head, *(f"  {e}" for e in self.effects), *table, *notes])
 
     def _cut(self, program: Program) -> Cut:
         """Find the literals whose removal gives exactly the planned indices. Blocks are removed from `program` before,
@@ -160,6 +167,29 @@ def _transferred(cut: Cut, program: Program) -> Cut:
 
 
 # -- text and JSON ------------------------------------------------------------------------------------------------
+
+
+def _channel_effect(plan: PruningPlan) -> str:
+    if not plan.removals:
+        return ""
+    return f"channels: {len(plan.removals)} parameter dimensions are shorter; their MACs go, in every runtime"
+
+
+def _block_effect(plan: PruningPlan) -> str:
+    if not plan.blocks:
+        return ""
+    names = _shortened(tuple(b.name for b in plan.blocks), 6)
+    return f"blocks: {len(plan.blocks)} residual blocks are left out ({names}); their MACs go, in every runtime"
+
+
+def _weight_effect(plan: PruningPlan) -> str:
+    if not plan.masks:
+        return ""
+    count = sum(prod(m.shape) for m in plan.masks)
+    return (
+        f"weights: {plan.zeros:,} of {count:,} in {len(plan.masks)} parameters become zero; ONNX Runtime multiplies "
+        "zeros like any other weight, so this makes nothing faster, only the file compress better"
+    )
 
 
 def _share(pair: tuple[int, int]) -> str:
