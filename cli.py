@@ -111,16 +111,18 @@ def inspect(
     weights: Weights = None,
     input_size: InputSize = None,
     target: TargetName = "ort-x86",
+    everything: Annotated[bool, typer.Option("--all", help="every group and every pinned axis in its own row")] = False,
     as_json: Json = False,
 ) -> int:
-    """Parameters, MACs, groups, and what cannot be pruned or quantized and why."""
+    """Parameters, MACs, groups, blocks, and what cannot be pruned or quantized and why."""
     from .cli_inspect import inspect_artifact, inspect_model
 
     if Path(model).is_dir():
-        if weights is not None or input_size is not None:
-            raise OptionError("--weights and --input have no effect on a compiled folder", hint="leave them out")
+        if weights is not None or input_size is not None or everything:
+            names = "--weights, --input and --all"
+            raise OptionError(f"{names} have no effect on a compiled folder", hint="leave them out")
         return inspect_artifact(Path(model), as_json)
-    return inspect_model(model, weights, input_size, target, as_json)
+    return inspect_model(model, weights, input_size, target, as_json, everything)
 
 
 @app.command("eval")

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -9,11 +11,12 @@ from .cli_compile import resolve_example, resolve_source
 from .cli_screen import emit_json, say, show_report, show_table
 from .errors import OptionError, did_you_mean
 from .runtime.artifact import read_report
-from .runtime.report.words import count, decibel, number, pinned_kinds, size
+from .runtime.report.words import count, decibel, number, size
 
 if TYPE_CHECKING:
     from .frontend.program import Program
-    from .passes.prune.groups import Group, Pinned
+    from .passes.prune.describe import Coupling
+    from .passes.prune.groups import Pinned
 
 _SHOWN = 20
 
@@ -40,13 +43,19 @@ def inspect_artifact(folder: Path, as_json: bool) -> int:
     return 0
 
 
-def inspect_model(model: str, weights: Path | None, input_size: str | None, target: str, as_json: bool) -> int:
-    """Cost, groups, and what cannot be pruned or quantized, of a model that is not compiled yet."""
+def inspect_model(
+    model: str, weights: Path | None, input_size: str | None, target: str, as_json: bool, everything: bool = False
+) -> int:
+    """Cost, groups, blocks, and what cannot be pruned or quantized, of a model that is not compiled yet.
+
+    `everything`: every group and every pinned axis in a row of its own.
+    """
     from .api import as_program
     from .backends.coverage import float_reasons
     from .backends.targets import load_target
     from .frontend.cost import cost_table
     from .passes.manager import run_passes
+    from .passes.prune.describe import couplings
     from .passes.prune.groups import find_groups, find_pinned
     from .passes.prune.rules import analyze
 
@@ -55,18 +64,20 @@ def inspect_model(model: str, weights: Path | None, input_size: str | None, targ
     args, kwargs = resolve_example(source, input_size, None, seed=0)
     program = run_passes(as_program(source.module, args, kwargs), "cleanup")
     analysis = analyze(program)
-    groups, pinned = find_groups(analysis), pinned_rows(find_pinned(analysis))
+    groups, pinned = couplings(analysis, find_groups(analysis)), find_pinned(analysis)
     fused = run_passes(program, "fuse-batchnorm")
     macs = {row.name: row.macs for row in cost_table(fused) if row.macs}
     floating = {n: why for n, why in float_reasons(fused, table).items() if n in macs}
     say(repr(program))
     say(f"  {count(sum(macs.values()))} MACs for one example")
     show_costs(program)
-    show_groups(groups)
-    show_pinned(pinned)
+    show_groups(groups, everything)
+    show_pinned(pinned, everything)
+    blocks = block_rows(program)
+    show_blocks(blocks, everything)
     show_floating(floating, macs, table.name)
     if as_json:
-        emit_json(_as_json(program, source.name, groups, pinned, floating, macs))
+        emit_json(_as_json(program, source.name, groups, pinned_rows(pinned), blocks, floating, macs))
     return 0
 
 
@@ -82,22 +93,89 @@ def show_costs(program: Program) -> None:
     show_table(title, ("layer", "op", "MACs", "parameters", "bytes"), shown, right=(2, 3, 4))
 
 
-def show_groups(groups: list[Group]) -> None:
-    """What can be pruned together."""
-    rows = sorted(groups, key=lambda g: -len(g))
-    shown = [
-        (len(g), len(g.places), ", ".join(map(str, g.places[:3])) + (", ..." if len(g.places) > 3 else ""))
-        for g in rows[:_SHOWN]
+def show_groups(groups: list[Coupling], everything: bool) -> None:
+    """What is pruned together: the layers that write and read the same channels, and the ops in between."""
+    from .passes.prune.describe import alike
+
+    kinds = [[g] for g in groups] if everything else alike(groups)
+    shown = kinds if everything else kinds[:_SHOWN]
+    rows = [(len(k), len(k[0]), k[0].each, *_coupled(k[0], everything)) for k in shown]
+    title = f"groups that can be pruned: {len(groups)}"
+    if not everything:
+        more = f", {len(shown)} of them here" if len(shown) < len(kinds) else ""
+        title += f", in {len(kinds)} forms{more} (names that differ in their numbers are one form; --all lists each)"
+    columns = ("groups", "channels", "rows each", "written by", "read by", "through", "norms and biases")
+    show_table(title, columns, rows, right=(0, 1, 2))
+
+
+def _coupled(coupling: Coupling, everything: bool) -> list[str]:
+    limit = None if everything else 3
+    names = (coupling.written_by, coupling.read_by, coupling.through, coupling.own)
+    return [_listed(n, limit if n is not coupling.through else 2 * limit if limit else None) for n in names]
+
+
+def _listed(names: Sequence[str], limit: int | None) -> str:
+    if limit is None or len(names) <= limit:
+        return ", ".join(names)
+    return f"{', '.join(names[:limit])} and {len(names) - limit} more"
+
+
+def show_pinned(pinned: list[Pinned], everything: bool) -> None:
+    """What cannot be pruned: every axis, by reason and source line."""
+    from .passes.prune.describe import pinned_alike
+
+    kinds = [[p] for p in pinned] if everything else pinned_alike(pinned)
+    rows = []
+    for kind in kinds:
+        sizes = [str(n) for n in sorted({p.size for p in kind}, reverse=True)]
+        reason = kind[0].reason
+        rows.append((_listed(sizes, 3), _listed([str(p.place) for p in kind], 2), reason.text, _short(reason.source)))
+    title = f"cannot be pruned: {len(pinned)} axes" + ("" if everything else " (by reason; --all lists each)")
+    show_table(title, ("sizes", "axes", "why", "at"), rows)
+
+
+def block_rows(program: Program) -> list[dict[str, Any]]:
+    """Every residual block with what goes with it."""
+    from .frontend.program import source_of
+    from .passes.prune.blocks import find_blocks
+    from .passes.prune.kinds import BlockCosts
+
+    costs, nodes = BlockCosts(program), {n.name: n for n in program.graph.nodes}
+    whole, rows = costs.of([]), []
+    for block in find_blocks(program):
+        left = costs.of([block])
+        macs, parameters = whole["macs"] - left["macs"], whole["params"] - left["params"]
+        source = source_of(nodes[block.node])
+        rows.append({"name": block.name, "macs": macs, "parameters": parameters, "source": source})
+    return rows
+
+
+def show_blocks(blocks: list[dict[str, Any]], everything: bool) -> None:
+    """Residual blocks that can be left out as a whole (`prune{kind=blocks}`)."""
+    if not blocks:
+        say("no residual block x + f(x) can be left out")
+        return
+    forms: dict[tuple[Any, ...], list[dict[str, Any]]] = {}
+    for block in blocks:
+        form = block["name"] if everything else re.sub(r"\d+", "#", block["name"])
+        forms.setdefault((form, block["macs"], block["parameters"], block["source"]), []).append(block)
+    rows = [
+        (len(alike), _between(alike), count(b["macs"]), count(b["parameters"]), _short(b["source"]))
+        for alike in forms.values()
+        for b in alike[:1]
     ]
-    title = f"groups that can be pruned ({min(_SHOWN, len(rows))} of {len(rows)})"
-    show_table(title, ("size", "places", "parameter dimensions"), shown, right=(0, 1))
+    title = f"residual blocks that can be left out: {len(blocks)}"
+    show_table(title, ("blocks", "name", "MACs", "parameters", "added at"), rows, right=(0, 2, 3))
 
 
-def show_pinned(pinned: list[dict[str, Any]]) -> None:
-    """What cannot be pruned, by reason; --json lists every dimension."""
-    shown = [(k.sizes, k.dimensions, k.reason, k.source) for k in pinned_kinds(pinned)]
-    title = f"cannot be pruned ({len(pinned)} parameter dimensions)"
-    show_table(title, ("sizes", "dimensions", "why", "first at"), shown, right=(1,))
+def _between(blocks: list[dict[str, Any]]) -> str:
+    first, last = blocks[0]["name"], blocks[-1]["name"]
+    return first if first == last else f"{first} to {last}"
+
+
+def _short(source: str | None) -> str:
+    """A source line without the folder that packages are installed in."""
+    return re.sub(r"^.*/(?:site|dist)-packages/", "", source or "")
 
 
 def pinned_rows(pinned: list[Pinned]) -> list[dict[str, Any]]:
@@ -117,8 +195,9 @@ def show_floating(floating: dict[str, str], macs: dict[str, int], target: str) -
 def _as_json(
     program: Program,
     name: str,
-    groups: list[Group],
+    groups: list[Coupling],
     pinned: list[dict[str, Any]],
+    blocks: list[dict[str, Any]],
     floating: dict[str, str],
     macs: dict[str, int],
 ) -> dict[str, Any]:
@@ -126,9 +205,22 @@ def _as_json(
         "model": {"name": name, "parameters": program.parameter_count, "macs": sum(macs.values())},
         "inputs": [str(i) for i in program.inputs],
         "outputs": [str(o) for o in program.outputs],
-        "groups": [{"size": len(g), "places": [str(p) for p in g.places]} for g in groups],
+        "groups": [_group_json(g) for g in groups],
         "pinned": pinned,
+        "blocks": blocks,
         "float": [{"node": n, "macs": macs[n], "reason": why} for n, why in floating.items()],
+    }
+
+
+def _group_json(coupling: Coupling) -> dict[str, Any]:
+    return {
+        "size": len(coupling),
+        "places": [str(p) for p in coupling.group.places],
+        "rows_each": coupling.each,
+        "written_by": list(coupling.written_by),
+        "read_by": list(coupling.read_by),
+        "own": list(coupling.own),
+        "through": list(coupling.through),
     }
 
 
