@@ -58,6 +58,7 @@ class Findings:
     layers: list[LayerRow] = field(default_factory=list)
     plan: PruningPlan | None = None
     pinned: list[Pinned] = field(default_factory=list)
+    compressed: tuple[int, int] | None = None  # bytes of both files after zlib, where single weights were pruned
     promises: list[Promise] = field(default_factory=list)
 
 
@@ -78,7 +79,7 @@ def build_report(f: Findings) -> dict[str, Any]:
         "sqnr_db": f.sqnr_db,
         "coverage": _coverage(f.coverage),
         "layers": [_layer(row) for row in f.layers],
-        "pruning": _pruning(f.plan, f.pinned),
+        "pruning": _pruning(f.plan, f.pinned, f.compressed),
         "promises": [dataclasses.asdict(p) for p in f.promises],
         "environment": describe_environment(f.threads),
     }
@@ -116,9 +117,19 @@ def _layer(row: LayerRow) -> dict[str, Any]:
     return {name: getattr(row, name) for name in names}
 
 
-def _pruning(plan: PruningPlan | None, pinned: list[Pinned]) -> dict[str, Any] | None:
+def _pruning(
+    plan: PruningPlan | None, pinned: list[Pinned], compressed: tuple[int, int] | None
+) -> dict[str, Any] | None:
     if plan is None:
         return None
     before, after = plan.macs
     rows = [{"size": p.size, "reason": p.reason.text, "source": p.reason.source} for p in pinned]
-    return {"groups": len(plan.groups), "macs_kept": after / before if before else 1.0, "pinned": rows}
+    return {
+        "groups": len(plan.groups),
+        "macs_kept": after / before if before else 1.0,
+        "effects": list(plan.effects),
+        "zeros": plan.zeros,
+        "blocks": [b.name for b in plan.blocks],
+        "compressed_bytes": dict(zip(("float", "compiled"), compressed)) if compressed else None,
+        "pinned": rows,
+    }

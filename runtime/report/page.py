@@ -28,6 +28,7 @@ def render_page(report: dict[str, Any]) -> str:
         percent=percent,
         number=number,
         count=count,
+        size=size,
         bar=_bar,
         pinned_kinds=pinned_kinds,
     )
