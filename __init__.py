@@ -13,6 +13,8 @@ from .errors import FxpressError
 
 if TYPE_CHECKING:
     from .api import compile as compile
+    from .api import op_latencies as op_latencies
+    from .api import plan_pruning as plan_pruning
     from .api import quantize as quantize
     from .api import to_onnx as to_onnx
     from .frontend.capture import capture as capture
@@ -23,8 +25,8 @@ if TYPE_CHECKING:
     from .passes.base import Pass as Pass
     from .passes.base import register_pass as register_pass
     from .passes.manager import run_passes as run_passes
+    from .passes.prune.criteria import register_importance as register_importance
     from .passes.prune.plan import PruningPlan as PruningPlan
-    from .passes.prune.planning import plan_pruning as plan_pruning
     from .passes.prune.recover import recover as recover
     from .runtime.artifact import Artifact as Artifact
     from .runtime.bundle import load as load
@@ -41,9 +43,11 @@ _LAZY = {
     "capture": ".frontend.capture",
     "compile": ".api",
     "load": ".runtime.bundle",
-    "plan_pruning": ".passes.prune.planning",
+    "op_latencies": ".api",
+    "plan_pruning": ".api",
     "quantize": ".api",
     "recover": ".passes.prune.recover",
+    "register_importance": ".passes.prune.criteria",
     "register_pass": ".passes.base",
     "run_passes": ".passes.manager",
     "to_onnx": ".api",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,7 @@ import torch
 
 from .backends.onnx.lower import lower
 from .backends.targets import load_target
-from .compilation import QUANTIZERS, Progress, Settings, Stages, compile_program
+from .compilation import QUANTIZERS, Progress, Settings, Stages, compile_program, latency_clock
 from .errors import DataError, OptionError
 from .frontend.batches import Batches, as_batches
 from .frontend.capture import capture
@@ -21,11 +22,15 @@ from .frontend.weights import check_program_finite
 from .passes.base import Context
 from .passes.manager import PassManager
 from .passes.pipeline import make_pass
+from .passes.prune import planning
 from .passes.prune.plan import PruningPlan
 from .passes.quantize.passes import Ranges
 from .recipe import DEFAULT, parse_drop, resolve_passes
 from .runtime.artifact import Artifact, check_output
 from .runtime.evaluate import Evaluate
+from .runtime.latency import MeasuredLatencies
+
+_TARGET = "ort-x86"
 
 
 def compile(
@@ -90,6 +95,22 @@ def compile(
     if output is not None:
         artifact.save(output)
     return artifact
+
+
+@functools.wraps(planning.plan_pruning)
+def plan_pruning(program: Program, **options: Any) -> PruningPlan:
+    if options.get("latency") is not None and options.get("latencies") is None:
+        options["latencies"] = op_latencies()
+    return planning.plan_pruning(program, **options)
+
+
+def op_latencies(
+    recipe: str = "float", target: str = _TARGET, threads: int = 1, progress: Progress | None = None
+) -> MeasuredLatencies:
+    """What `plan_pruning(latency=..., latencies=...)` measures with: ONNX Runtime on this machine, for models that
+    `recipe` turns into what is run ("int8": the latency of the quantized model). Kernel times are kept in the user's
+    cache folder. Without it, plan_pruning measures the float model with one thread."""
+    return latency_clock(resolve_passes(recipe), load_target(target), _checked_threads(threads), progress)
 
 
 def quantize(

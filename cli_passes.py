@@ -15,20 +15,24 @@ from .errors import FxpressError, OptionError, OutputError
 if TYPE_CHECKING:
     from .frontend.program import Program
     from .passes.base import Context, Pass
+    from .passes.manager import PassManager
 
 
 def load_plugins(files: list[Path]) -> None:
-    """Run the user's own files, which register their passes. Raises OptionError for a file that registers none."""
+    """Run the user's own files, which register passes or importances. Raises OptionError for one that registers none."""
     from .frontend.sources import load_file
     from .passes.base import registered_passes
+    from .passes.prune.criteria import criteria
 
     for file in files:
-        before = set(registered_passes())
+        before = {*registered_passes(), *criteria()}
         module = load_file(file)
-        own = [c for c in registered_passes().values() if c.__module__ == module.__name__]
-        if not own and set(registered_passes()) == before:
+        made = [*registered_passes().values(), *(c.function for c in criteria().values())]
+        own = [c for c in made if c.__module__ == module.__name__]
+        if not own and {*registered_passes(), *criteria()} == before:
             raise OptionError(
-                f"--plugin {file} has no effect: it registers no pass", hint="put @fxpress.register_pass above a pass"
+                f"--plugin {file} has no effect: it registers no pass",
+                hint="put @fxpress.register_pass above a pass, or @fxpress.register_importance(name) above a function",
             )
 
 
@@ -93,7 +97,7 @@ def optimize(
         raise OutputError(f"{output} does not end in .pt2", hint="name a .pt2 file")
     program = Program.load(source)
     manager = PassManager(pipeline, dump=dump)
-    result = manager.run(program, _context(program, target, data, seed))
+    result = manager.run(program, _context(program, manager, target, data, seed))
     result.save(output)
     _show_stages(result, len(program.log))
     say(f"written: {output}")
@@ -112,7 +116,8 @@ def rerun(crash: Path, target: str, data: str | None, dump: Path | None) -> int:
         archive.unlink()
     say(f"replaying {facts['pipeline']}")
     say(f"  seed {facts['seed']}, written by fxpress {facts['fxpress']} with torch {facts['torch']}")
-    result = PassManager(facts["pipeline"], dump=dump).run(program, _context(program, target, data, facts["seed"]))
+    manager = PassManager(facts["pipeline"], dump=dump)
+    result = manager.run(program, _context(program, manager, target, data, facts["seed"]))
     _show_stages(result, len(program.log))
     say("the failure does not occur here")
     return 0
@@ -133,14 +138,17 @@ def read_reproducer(path: Path) -> tuple[dict[str, Any], Path]:
     return facts, Path(file.name)
 
 
-def _context(program: Program, target: str, data: str | None, seed: int) -> Context:
+def _context(program: Program, manager: PassManager, target: str, data: str | None, seed: int) -> Context:
     from .backends.targets import load_target
+    from .compilation import latency_clock
     from .frontend.batches import as_batches
     from .frontend.data import open_data
     from .passes.base import Context
 
     batches = as_batches(program, open_data(data)) if data else None
-    return Context(target=load_target(target), calibration=batches, seed=seed)
+    table = load_target(target)
+    clock = latency_clock([p for p in manager.passes if not isinstance(p, str)], table)
+    return Context(target=table, calibration=batches, seed=seed, latencies=clock)
 
 
 def _show_stages(program: Program, known: int) -> None:

@@ -11,6 +11,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import time
+import zlib
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -31,7 +32,7 @@ from .frontend.program import Program, StageRecord, module_path
 from .passes.base import Context, Pass
 from .passes.manager import PassManager, run_passes
 from .passes.memory import peak_memory
-from .passes.pipeline import print_pipeline
+from .passes.pipeline import parse_pipeline, print_pipeline
 from .passes.prune.groups import find_pinned
 from .passes.prune.plan import PruningPlan
 from .passes.prune.rules import analyze
@@ -40,6 +41,7 @@ from .runtime.artifact import Artifact
 from .runtime.benchmark import Timing, compare_latency
 from .runtime.evaluate import Evaluate, Metric, measure, session_runner, torch_runner
 from .runtime.feed import example_tensors, leaves, take
+from .runtime.latency import MeasuredLatencies, cache_folder
 from .runtime.manifest import Manifest
 from .runtime.report.build import Figures, Findings, Promise, build_report
 from .runtime.report.environment import installed
@@ -49,6 +51,8 @@ from .runtime.verify import LayerParity, LayerRow, Parity, check_layers, check_p
 FLOAT_PIPELINE = "cleanup,canonicalize,fuse-batchnorm"
 # From the first of these on, layers are compared with the program as it was before.
 QUANTIZERS = ("quantize", "annotate", "observe", "calibrate")
+# What has no part in how fast the result is.
+_SPEEDLESS = ("prune", "verify-pruning", "recover")
 _JUDGED_EXAMPLES = 8
 _SQNR_LIMIT = 200.0
 
@@ -146,6 +150,7 @@ def compile_program(
         layers=rows,
         plan=compiled.plan or plan,
         pinned=find_pinned(analyze(reference)) if compiled.plan or plan else [],
+        compressed=compressed_sizes(compiled.plan or plan, float_model, model),
         promises=[
             reference_promise(reference_parity),
             parity_promise(compiled, parity, layer_parity),
@@ -163,8 +168,9 @@ def transform(
     program: Program, settings: Settings, stages: Stages, batches: Batches | None, evaluate: Evaluate | None
 ) -> Compiled:
     """Run the pipeline, keeping the program as it was just before quantization."""
-    context = Context(settings.target, batches, evaluate, settings.seed, settings.progress)
     passes = list(settings.passes)
+    clock = latency_clock(passes, settings.target, settings.threads, settings.progress)
+    context = Context(settings.target, batches, evaluate, settings.seed, settings.progress, latencies=clock)
     cut = next((i for i, p in enumerate(passes) if p.name in QUANTIZERS), len(passes))
     known = len(program.log)
 
@@ -177,6 +183,18 @@ def transform(
     final = run(passes[cut:], floating, cut) if cut < len(passes) else floating
     stages.records += final.log[known:]
     return Compiled(floating if cut < len(passes) else None, final, context.results.get("prune"))
+
+
+def latency_clock(
+    passes: Sequence[Pass], target: Target, threads: int = 1, progress: Progress | None = None
+) -> MeasuredLatencies:
+    """What tells a latency budget how long a model takes in the form that the passes after pruning will give it (where
+    there are none, as a float model)."""
+    first = next((i for i, p in enumerate(passes) if p.name == "prune"), -1)
+    follow = [p for p in passes[first + 1 :] if p.name not in _SPEEDLESS]
+    return MeasuredLatencies(
+        follow or parse_pipeline(FLOAT_PIPELINE), target, threads=threads, cache=cache_folder(), progress=progress
+    )
 
 
 # -- verification -------------------------------------------------------------------------------------------------
@@ -312,6 +330,16 @@ def figures(
         latency_ms=latency_ms,
         metric=metric.value if metric else None,
     )
+
+
+def compressed_sizes(
+    plan: PruningPlan | None, float_model: onnx.ModelProto, model: onnx.ModelProto
+) -> tuple[int, int] | None:
+    """The bytes of both files after zlib, which is all that zeros among the weights are good for; None without them."""
+    if plan is None or not plan.masks:
+        return None
+    before, after = (len(zlib.compress(m.SerializeToString())) for m in (float_model, model))
+    return before, after
 
 
 def manifest_of(program: Program, settings: Settings, report: dict[str, Any]) -> Manifest:

@@ -99,7 +99,10 @@ def prune_pass(request: str | float | Mapping[str, Any]) -> Pass:
     from .passes.pipeline import make_pass, parse_pipeline
 
     if isinstance(request, Mapping):
-        return make_pass("prune", dict(request))
+        options = dict(request)
+        if isinstance(options.get("ratios"), Mapping):  # as text writes them
+            options["ratios"] = [f"{glob}:{share}" for glob, share in options["ratios"].items()]
+        return make_pass("prune", options)
     if isinstance(request, (int, float)) and not isinstance(request, bool):
         return make_pass("prune", {"macs": float(request)})
     if not isinstance(request, str) or not request.strip():

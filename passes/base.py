@@ -27,6 +27,7 @@ from ..errors import PipelineError
 from ..frontend.program import Program
 
 if TYPE_CHECKING:
+    from .prune.measuring import OpLatencies
     from .quantize.spec import Target
 
 VALUES = "values"
@@ -46,7 +47,8 @@ class Context:
     """What a pass may know beyond the program.
 
     `calibration` is re-iterable and yields flat tuples of input tensors in the order of `program.inputs`. `results`
-    collects what passes hand to the report (a pruning plan, ranges), by pass name.
+    collects what passes hand to the report (a pruning plan, ranges), by pass name. `latencies` is the clock of the
+    target's runtime, for pruning to a latency.
     """
 
     target: Target | None = None
@@ -55,6 +57,7 @@ class Context:
     seed: int = 0
     progress: Callable[[str, int, int | None], None] | None = None
     results: dict[str, Any] = field(default_factory=dict)
+    latencies: OpLatencies | None = None
 
 
 class Pass:

@@ -1,185 +1,122 @@
-"""Choose which literals to keep so that a budget is met.
+"""Budgets: what may stay, and the choice of literals that meets it.
 
-All groups compete under one threshold on importance, found by bisection; then single steps are given back, the most
-important first, until the result is within 1 % of the budget or no step fits. Costs are exact: every term of MACs and
-parameters is a product of kept sizes of axes.
+Globally, all groups compete under one threshold on importance, found by bisection; then single steps are given back,
+the most important first, until the result is within 1 % of the budget or no step fits. Layer by layer, every layer is
+brought to the share by itself: where it is above, the groups that it depends on shrink alike; then each group takes
+back what no layer needs.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
-from math import prod
+from typing import Literal, get_args
 
 import numpy as np
-import torch
 
-from ...errors import PruningError
-from ...frontend.cost import cost_table
-from ...frontend.program import get_attribute
-from .analysis import Analysis, flat_axes
-from .axes import FIXED, Vector
-from .groups import Group
+from ...errors import OptionError, PruningError
+from .analysis import Analysis
+from .axes import Vector
+from .choices import Choice, Limits
+from .costs import CostModel
 
 TOLERANCE = 0.01  # how far below a budget a plan may end where the granularity allows better
+_EXCHANGES = 5000  # costs looked at, about, where no single step meets a budget
+_ROUNDS = 100  # of shrinking in per-layer budgets; each at least takes a step from every group that must shrink
+
+Scope = Literal["global", "layer"]
+Ratios = Mapping[str, float] | Iterable[str]
 
 
-class SizeTable:
-    """The kept sizes of many vectors at once: each distinct vector is resolved and counted only once."""
-
-    def __init__(self, analysis: Analysis) -> None:
-        self._analysis = analysis
-        self._numbers: dict[bytes, int] = {}
-        self._vectors: list[Vector] = []
-        self._slots: Vector | None = None
-        self._starts: Vector = np.zeros(0, dtype=np.int64)
-
-    def add(self, vector: Vector) -> int:
-        """The number of a vector in the table."""
-        key = vector.tobytes()
-        if key not in self._numbers:
-            self._numbers[key] = len(self._vectors)
-            self._vectors.append(vector)
-        return self._numbers[key]
-
-    def sizes(self, keep: Vector) -> Vector:
-        """The kept size of every vector, for a mask over atoms; one 1 is added at the end."""
-        if self._slots is None:
-            self._slots = self._analysis.atoms.resolve(np.concatenate(self._vectors))
-            self._starts = np.cumsum([0, *(len(v) for v in self._vectors)])[:-1]
-        kept = keep[self._slots].all(axis=0)
-        return np.append(np.add.reduceat(kept, self._starts, dtype=np.int64), 1)
-
-    @property
-    def vectors(self) -> list[Vector]:
-        """All distinct vectors, by number."""
-        return self._vectors
+# -- what is asked for --------------------------------------------------------------------------------------------
 
 
-class Cost:
-    """A sum of terms, each a constant times the kept sizes of some vectors."""
+@dataclass(frozen=True)
+class Budget:
+    """`name` is macs, params, size or latency, with the `share` that is kept, or ratio, with the share that goes."""
 
-    def __init__(self, analysis: Analysis, terms: list[tuple[float, tuple[Vector, ...]]]) -> None:
-        self._table = SizeTable(analysis)
-        width = max((len(v) for _, v in terms), default=0)
-        numbers = [[self._table.add(v) for v in vectors] for _, vectors in terms]
-        # -1 is the 1 that `sizes` appends.
-        self._numbers = np.array([n + [-1] * (width - len(n)) for n in numbers], dtype=np.int64).reshape(-1, width)
-        self._constants = np.array([c for c, _ in terms])
+    name: str
+    share: float
+    scope: Scope
+    limits: Limits
 
-    def __call__(self, keep: Vector) -> float:
-        """The cost when only the literals of the mask `keep` are kept."""
-        if not len(self._constants):
-            return 0.0
-        sizes = self._table.sizes(keep).astype(np.float64)
-        return float((self._constants * sizes[self._numbers].prod(axis=1)).sum())
+    @staticmethod
+    def checked(
+        shares: Mapping[str, float | None],
+        scope: Scope | None = None,
+        ratios: Ratios = (),
+        round_to: int | None = None,
+        max_ratio: float | None = None,
+        min_channels: int | None = None,
+    ) -> Budget:
+        """The one budget among `shares` that is given; `ratios` alone is one too. Raises OptionError."""
+        given = [(n, v) for n, v in shares.items() if v is not None]
+        fixed = read_ratios(ratios)
+        if not given and fixed and scope is None:
+            given = [("ratio", 0.0)]
+        elif len(given) != 1:
+            names = ", ".join(n for n, _ in given) or "none"
+            hint = "for example macs=0.5 (keep half of the MACs)"
+            raise OptionError(f"give exactly one budget, got {names}", hint=hint)
+        else:
+            _check_share(*given[0])
+        if scope is not None and scope not in get_args(Scope):
+            raise OptionError(f"scope is {scope!r}", hint=f"choose one of {', '.join(get_args(Scope))}")
+        for option, value in (("round_to", round_to), ("min_channels", min_channels)):
+            if value is not None and (not isinstance(value, int) or isinstance(value, bool) or value < 1):
+                raise OptionError(f"{option} is {value!r}", hint="give a positive whole number, such as 8")
+        if max_ratio is not None and not (_is_number(max_ratio) and 0 < max_ratio < 1):
+            raise OptionError(f"max_ratio is {max_ratio!r}", hint="give a share in (0, 1)")
+        name, share = given[0]
+        limits = Limits(round_to or 1, max_ratio, min_channels or 1, fixed)
+        return Budget(name, float(share), scope or ("layer" if name == "ratio" else "global"), limits)
 
-
-def macs_cost(analysis: Analysis) -> Cost:
-    """The MACs of one example."""
-    macs = {cost.node: cost.macs for cost in cost_table(analysis.program)}
-    terms = []
-    for work in analysis.work:
-        axes = tuple(v for v in work.axes if v.any())
-        terms.append((work.share * macs.get(work.node, 0) / max(prod(map(len, axes)), 1), axes))
-    return Cost(analysis, terms)
-
-
-def parameter_cost(analysis: Analysis) -> Cost:
-    """The number of parameter values."""
-    terms = []
-    for name, axes in {id(a): (n, a) for n, a in analysis.tensors.items()}.values():
-        if isinstance(get_attribute(analysis.program.graph_module, name), torch.nn.Parameter):
-            free = tuple(v for v in axes if v.any())
-            terms.append((prod(map(len, axes)) / max(prod(map(len, free)), 1), free))
-    return Cost(analysis, terms)
-
-
-# -- what each group may keep -------------------------------------------------------------------------------------
-
-
-@dataclass
-class Choice:
-    """The literals of a group in the order in which they are kept, and how many may be kept."""
-
-    order: Vector
-    importance: Vector  # in that order
-    allowed: Vector  # counts, ascending
-    count: int = 0  # index into allowed
-
-    def set_threshold(self, threshold: float) -> None:
-        """Keep what is at least as important, rounded to the nearest allowed count."""
-        wanted = int((self.importance >= threshold).sum())
-        self.count = int(np.abs(self.allowed - wanted).argmin())
-
-    @property
-    def kept(self) -> int:
-        return int(self.allowed[self.count])
+    def __str__(self) -> str:
+        default = "layer" if self.name == "ratio" else "global"
+        fixed = ", ".join(f"{glob}:{ratio:g}" for glob, ratio in self.limits.ratios)
+        scope = "" if self.scope == default else f", scope={self.scope}"
+        return f"{self.name}={self.share:g}{scope}" + (f", ratios=[{fixed}]" if fixed else "")
 
 
-def granule(size: int, round_to: int) -> int:
-    """The rounding of a group: `round_to`, for narrow groups a half or a quarter of it, but 4 at least."""
-    step = round_to
-    while step > max(round_to // 4, min(round_to, 4)) and size < 4 * step:
-        step //= 2
-    return step
+def read_ratios(ratios: Ratios) -> tuple[tuple[str, float], ...]:
+    """(glob, share removed) from a mapping or from texts "glob:share". Raises OptionError."""
+    if isinstance(ratios, str):
+        ratios = [ratios]
+    items = ratios.items() if isinstance(ratios, Mapping) else map(_read_ratio, ratios)
+    found = tuple((glob, share) for glob, share in items)
+    for glob, share in found:
+        if not isinstance(glob, str) or not glob or not _is_number(share) or not 0 <= share < 1:
+            raise OptionError(
+                f"ratios holds {glob!r}: {share!r}",
+                hint='give shares to remove in [0, 1) by glob: {"layer1.*": 0.3}, or as text layer1.*:0.3',
+            )
+    return tuple((glob, float(share)) for glob, share in found)
 
 
-def allowed_counts(size: int, minimum: int, step: int) -> Vector:
-    """Multiples of `step` from `minimum` on, and all of them."""
-    multiples = np.arange(step, size + 1, step)
-    return np.unique(np.append(multiples[multiples >= minimum], size))
+def _read_ratio(text: object) -> tuple[str, float]:
+    glob, _, share = str(text).rpartition(":")
+    try:
+        return glob, float(share)
+    except ValueError as error:
+        raise OptionError(f"ratios holds {text!r}", hint="write glob:share, for example layer1.*:0.3") from error
 
 
-def make_choices(
-    analysis: Analysis, groups: list[Group], scores: Vector, round_to: int, max_ratio: float | None
-) -> list[Choice]:
-    """One choice for each group, everything kept. Literals that some tensor cannot do without come first."""
-    protected = _protected(analysis, scores)
-    factors = _factor_counts(analysis)
-    choices = []
-    for group in groups:
-        literals = group.literals
-        order = literals[np.lexsort((literals, -scores[literals], ~protected[literals]))]
-        minimum = max(1, int(protected[literals].sum()))
-        if max_ratio is not None:
-            share = (1 - max_ratio) ** (1 / int(factors[literals].max()))
-            minimum = max(minimum, math.ceil(share * len(group) - 1e-9))
-        allowed = allowed_counts(len(group), minimum, granule(len(group), round_to))
-        importance = np.where(protected[order], np.inf, scores[order])
-        choices.append(Choice(order, importance, allowed, len(allowed) - 1))
-    return choices
+def _check_share(name: str, value: object) -> None:
+    if name == "threshold":
+        if not _is_number(value) or value <= 0:  # type: ignore[operator]
+            raise OptionError(f"threshold is {value!r}", hint="give a positive number, in units of the importance")
+        return
+    if not _is_number(value) or not 0 < value <= 1 or (name == "ratio" and value == 1):  # type: ignore[operator]
+        hint = "give a share in (0, 1): ratio says what goes, every other budget what is kept"
+        raise OptionError(f"{name} is {value!r}", hint=hint)
 
 
-def _factor_counts(analysis: Analysis) -> Vector:
-    """With how many free factors at most (itself included) each literal is multiplied in a parameter dimension."""
-    result = np.ones(analysis.atoms.count, dtype=np.int64)
-    for axes in analysis.tensors.values():
-        for vector in axes:
-            slots = analysis.atoms.resolve(vector)
-            free = ~analysis.atoms.pinned(slots)
-            counts = np.tile(free.sum(axis=0), (len(slots), 1))
-            np.maximum.at(result, slots[free], counts[free])
-    return result
+def _is_number(value: object) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
 
 
-def _protected(analysis: Analysis, scores: Vector) -> Vector:
-    """Literals that must stay so that no dimension of any tensor becomes empty: those of its best position."""
-    result = np.zeros(analysis.atoms.count, dtype=bool)
-    result[FIXED] = True
-    every = (v for value in analysis.values.values() for axes in flat_axes(value) for v in axes if v.any())
-    vectors = {v.tobytes(): v for v in every}
-    for vector in vectors.values():
-        slots = analysis.atoms.resolve(vector)
-        stays = (analysis.atoms.pinned(slots) | result[slots]).all(axis=0)
-        if len(vector) and not stays.any():
-            weakest = np.where(analysis.atoms.pinned(slots), np.inf, scores[slots]).min(axis=0)
-            result[slots[:, weakest.argmax()]] = True
-    return result
-
-
-# -- meeting a budget ---------------------------------------------------------------------------------------------
+# -- meeting it ---------------------------------------------------------------------------------------------------
 
 
 @dataclass
@@ -199,6 +136,26 @@ def keep_mask(analysis: Analysis, choices: list[Choice]) -> Vector:
     return keep
 
 
+def select(analysis: Analysis, choices: list[Choice], budget: Budget, cost: CostModel) -> Selection:
+    """Keep what meets a budget; of a ratio, `cost` counts channels and is only asked where the scope is global."""
+    if budget.name == "threshold":
+        return Selection(select_threshold(analysis, choices, budget.share), 0.0)
+    if budget.name == "ratio" and budget.scope == "layer":
+        return Selection(select_ratio(analysis, choices, budget.share), 0.0)
+    share = 1 - budget.share if budget.name == "ratio" else budget.share
+    name = "share of channels" if budget.name == "ratio" else budget.name
+    if budget.scope == "layer":
+        return select_layers(analysis, choices, cost, share, name)
+    return select_budget(analysis, choices, cost, share, name, thorough=name == "latency")
+
+
+def select_threshold(analysis: Analysis, choices: list[Choice], threshold: float) -> Vector:
+    """Remove what is less important than `threshold`, rounded to what each group may keep."""
+    for choice in choices:
+        choice.set_threshold(threshold)
+    return keep_mask(analysis, choices)
+
+
 def select_ratio(analysis: Analysis, choices: list[Choice], ratio: float) -> Vector:
     """Remove the share `ratio` of every group."""
     for choice in choices:
@@ -207,10 +164,15 @@ def select_ratio(analysis: Analysis, choices: list[Choice], ratio: float) -> Vec
     return keep_mask(analysis, choices)
 
 
-def select_budget(analysis: Analysis, choices: list[Choice], cost: Cost, share: float, name: str) -> Selection:
-    """Keep what fits into `share` of the full cost. Raises PruningError where that cannot be reached."""
-    total = cost(keep_mask(analysis, choices))
+def select_budget(
+    analysis: Analysis, choices: list[Choice], cost: CostModel, share: float, name: str, thorough: bool = False
+) -> Selection:
+    """Keep what fits into `share` of the full cost. Raises PruningError where that cannot be reached.
+
+    `thorough`: give back steps as long as any fits, not only to within 1 %: for costs with steps that are free.
+    """
     measure = lambda: cost(keep_mask(analysis, choices))  # noqa: E731
+    total = cost(np.ones(analysis.atoms.count, dtype=bool))
     budget = share * total
     thresholds = np.unique(np.concatenate([[0.0, np.inf], *(c.importance for c in choices)]))
     low, high = 0, len(thresholds) - 1
@@ -218,17 +180,21 @@ def select_budget(analysis: Analysis, choices: list[Choice], cost: Cost, share: 
         reached = min(_minimum(choices, measure), total) / total if total else 1.0
         raise PruningError(
             f"{name}={share:g} cannot be reached: the smallest possible is {name}={reached:.4g}",
-            hint="raise the budget, lower round_to, or exclude less (`fxpress inspect` lists what is pinned and why)",
+            hint="raise the budget, lower round_to, min_channels or what is excluded, raise max_ratio "
+            "(`fxpress inspect` lists what is pinned and why)",
         )
     while low < high:  # the least threshold that fits
         middle = (low + high) // 2
         low, high = (low, middle) if _at(choices, thresholds[middle], measure) <= budget else (middle + 1, high)
     reached = _at(choices, thresholds[low], measure)
-    reached = _give_back(choices, reached, budget, measure)
+    reached = _give_back(choices, reached, budget, measure, 1.0 if thorough else 1 - TOLERANCE / 4)
+    if reached < (1 - TOLERANCE) * budget:
+        reached = _exchange(choices, reached, budget, measure)
     notes = []
     if reached < (1 - TOLERANCE) * budget:
         notes.append(
-            f"{name} ended at {reached / total:.4f} instead of {share:g}: no group can keep a step more within it"
+            f"{name} ended at {reached / total:.4f} instead of {share:g}: no group can keep a step more within it, and "
+            "no other one a step less for it"
         )
     return Selection(keep_mask(analysis, choices), reached, notes)
 
@@ -245,10 +211,12 @@ def _minimum(choices: list[Choice], measure: Callable[[], float]) -> float:
     return measure()
 
 
-def _give_back(choices: list[Choice], reached: float, budget: float, measure: Callable[[], float]) -> float:
+def _give_back(
+    choices: list[Choice], reached: float, budget: float, measure: Callable[[], float], enough: float
+) -> float:
     """Keep one step more in one group after the other, the most important step first, while the budget allows."""
     open_choices = list(choices)
-    while reached < (1 - TOLERANCE / 4) * budget and open_choices:
+    while reached < enough * budget and open_choices:
         open_choices = [c for c in open_choices if c.count + 1 < len(c.allowed)]
         open_choices.sort(key=lambda c: -float(c.importance[c.kept]))
         for choice in list(open_choices):
@@ -260,3 +228,93 @@ def _give_back(choices: list[Choice], reached: float, budget: float, measure: Ca
             choice.count -= 1
             open_choices.remove(choice)
     return reached
+
+
+def _exchange(choices: list[Choice], reached: float, budget: float, measure: Callable[[], float]) -> float:
+    """Take a step from one group, the least important first, where others can then fill the budget better."""
+    givers = sorted((c for c in choices if c.count > 0), key=lambda c: float(c.importance[c.kept - 1]))
+    for giver in givers[: _EXCHANGES // max(len(choices), 1) + 1]:
+        before = [c.count for c in choices]
+        giver.count -= 1
+        others = [c for c in choices if c is not giver]
+        filled = _give_back(others, measure(), budget, measure, 1 - TOLERANCE / 4)
+        if (1 - TOLERANCE) * budget <= filled <= budget:
+            return filled
+        for choice, count in zip(choices, before):
+            choice.count = count
+    return reached
+
+
+# -- layer by layer -----------------------------------------------------------------------------------------------
+
+
+def select_layers(analysis: Analysis, choices: list[Choice], cost: CostModel, share: float, name: str) -> Selection:
+    """Bring every part of the cost that depends on a group to `share` of its full cost, by itself."""
+    everything = np.ones(analysis.atoms.count, dtype=bool)
+    full, total = cost.parts(everything), cost(everything)
+    for choice in choices:
+        choice.count = len(choice.allowed) - 1
+    limits = share * full * (1 + 1e-9)
+    depends = _dependence(analysis, choices, cost, full)
+    parts = lambda: cost.parts(keep_mask(analysis, choices))  # noqa: E731
+    for _ in range(_ROUNDS):
+        now = parts()
+        over = (now > limits) & depends.any(axis=0)
+        if not _shrink(choices, depends, over, np.where(over, now / np.maximum(share * full, 1e-300), 1.0)):
+            break
+    _take_back(choices, limits, parts)
+    keep = keep_mask(analysis, choices)
+    reached = cost(keep)
+    return Selection(keep, reached, _layer_notes(cost, cost.parts(keep), full, limits, share, reached / total, name))
+
+
+def _dependence(analysis: Analysis, choices: list[Choice], cost: CostModel, full: Vector) -> Vector:
+    """[choices, parts]: does the cost of a part fall when the group keeps its least?"""
+    rows = []
+    for choice in choices:
+        before, choice.count = choice.count, 0
+        rows.append(cost.parts(keep_mask(analysis, choices)) < full * (1 - 1e-12))
+        choice.count = before
+    return np.stack(rows)
+
+
+def _shrink(choices: list[Choice], depends: Vector, over: Vector, excess: Vector) -> bool:
+    """One round: the groups of a part that is too large by a factor f shrink by sqrt(f), as if there were two of them,
+    but by a step at least. False when nothing can."""
+    moved = False
+    for choice, row in zip(choices, depends):
+        factor = float(excess[row & over].max(initial=1.0))
+        if factor > 1 and choice.count > 0:
+            wanted = np.searchsorted(choice.allowed, choice.kept / math.sqrt(factor), side="right") - 1
+            choice.count = max(0, min(int(wanted), choice.count - 1))
+            moved = True
+    return moved
+
+
+def _take_back(choices: list[Choice], limits: Vector, parts: Callable[[], Vector]) -> None:
+    """Each group, the most pruned first, keeps as much as leaves every part within its limit (or as far above)."""
+    limits = np.maximum(limits, parts())
+    for choice in sorted(choices, key=lambda c: c.kept / len(c.order)):
+        low, high = choice.count, len(choice.allowed) - 1
+        while low < high:
+            choice.count = (low + high + 1) // 2
+            if (parts() <= limits).all():
+                low = choice.count
+            else:
+                high = choice.count - 1
+        choice.count = low
+
+
+def _layer_notes(
+    cost: CostModel, now: Vector, full: Vector, limits: Vector, share: float, reached: float, name: str
+) -> list[str]:
+    missed = [n for n, over in zip(cost.names, (now > limits) & (full > 0)) if over]
+    notes = []
+    if missed:
+        more = f" and {len(missed) - 3} more" if len(missed) > 3 else ""
+        notes.append(f"{len(missed)} layers cannot come down to {name}={share:g} by themselves: "
+                     f"{', '.join(missed[:3])}{more}")  # fmt: skip
+    if abs(reached / share - 1) > TOLERANCE:
+        notes.append(f"{name} ended at {reached:.4f} in total: every layer meets {share:g} by itself, and some share "
+                     "their channels with layers that need fewer")  # fmt: skip
+    return notes

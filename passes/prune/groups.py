@@ -1,12 +1,14 @@
 """Groups: literals that occur in exactly the same dimensions of the same parameters, and so compete with one another.
 
-Removing a literal shortens every place of its group by as many positions as it has there. `find_groups` is one pass
-over all parameter dimensions: each place adds its random 64-bit number to the signature of the literals that occur in
-it.
+Removing a literal shortens every place of its group by as many positions as it has there. The factors of a product
+(heads and their features) are groups of their own: a literal does not compete with those that it is multiplied with.
+`find_groups` is one pass over all parameter dimensions: each place adds its random 64-bit number to the signature of
+the literals that occur in it, and each literal its own to those of the literals that it is multiplied with.
 """
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
@@ -79,52 +81,82 @@ def places(analysis: Analysis) -> Iterator[tuple[Place, Vector]]:
             yield from ((Place(name, dim), vector) for dim, vector in enumerate(axes))
 
 
-@dataclass(frozen=True, eq=False)
-class _Occurrence:
-    """The free literals of a dimension, sorted, and how often each occurs. Places that are tied share one."""
-
-    literals: Vector
-    counts: Vector
-
-
 def find_groups(analysis: Analysis) -> list[Group]:
-    """All groups of literals that may be removed, by their first place."""
-    signature = np.zeros(analysis.atoms.count, dtype=np.uint64)
-    numbers = np.random.default_rng(0)
-    found = [(place, o) for place, o in _occurrences(analysis) if len(o.literals)]
-    for _, occurrence in found:
-        signature[occurrence.literals] += numbers.integers(1, 2**63, dtype=np.uint64)
-    literals = np.flatnonzero(signature)
-    _, index = np.unique(signature[literals], return_inverse=True)
+    """All groups of literals that may be removed, by their first place. Linear in the positions of all places."""
+    where = list(places(analysis))
+    parts, of_place = _distinct_parts(analysis, [vector for _, vector in where])
+    part, literals, counts = _occurrences(analysis, parts)
+    numbers = np.random.default_rng(0).integers(1, 2**63, size=len(where) + analysis.atoms.count, dtype=np.uint64)
+    weight, signature = (np.zeros(n, dtype=np.uint64) for n in (len(parts), analysis.atoms.count))
+    np.add.at(weight, of_place, numbers[: len(where)])
+    np.add.at(signature, literals, weight[part])
+    first, second = _multiplied(analysis, parts)
+    np.add.at(signature, first, numbers[len(where) :][second])
+    members = np.flatnonzero(signature)
+    _, index = np.unique(signature[members], return_inverse=True)
     number = np.zeros(analysis.atoms.count, dtype=np.int64)
-    number[literals] = index
-    members: dict[int, dict[Place, float]] = {}  # in the order of the first place
-    parts: dict[_Occurrence, dict[int, float]] = {}
-    for place, occurrence in found:
-        if occurrence not in parts:
-            parts[occurrence] = _mean_counts(number[occurrence.literals], occurrence.counts)
-        for group, count in parts[occurrence].items():
-            members.setdefault(group, {})[place] = count
-    return [Group(analysis, literals[index == g], tuple(m), tuple(m.values())) for g, m in members.items()]
+    number[members] = index
+    means = _mean_counts(part, number[literals], counts, len(parts))
+    found: dict[int, dict[Place, float]] = {}  # in the order of the first place
+    for (place, _), p in zip(where, of_place):
+        for group, count in means[p].items():
+            found.setdefault(group, {})[place] = count
+    order = np.argsort(index, kind="stable")
+    sizes = np.cumsum(np.bincount(index))
+    atoms = np.split(members[order], sizes[:-1]) if len(members) else []
+    return [Group(analysis, atoms[g], tuple(m), tuple(m.values())) for g, m in found.items()]
 
 
-def _occurrences(analysis: Analysis) -> Iterator[tuple[Place, _Occurrence]]:
-    known: dict[bytes, _Occurrence] = {}
-    for place, vector in places(analysis):
-        slots = analysis.atoms.resolve(vector)
-        key = slots.tobytes()
+def _distinct_parts(analysis: Analysis, vectors: list[Vector]) -> tuple[list[Vector], Vector]:
+    """The literals [slots, positions] of every distinct vector, and which of them each vector has."""
+    if not vectors:
+        return [], np.zeros(0, dtype=np.int64)
+    slots = analysis.atoms.resolve(np.concatenate(vectors))
+    ends = np.cumsum([len(v) for v in vectors])
+    known: dict[bytes, int] = {}
+    parts: list[Vector] = []
+    index = np.empty(len(vectors), dtype=np.int64)
+    for i, (end, vector) in enumerate(zip(ends, vectors)):
+        piece = slots[:, end - len(vector) : end]
+        key = piece.tobytes()
         if key not in known:
-            literals, counts = np.unique(slots, return_counts=True)
-            free = ~analysis.atoms.pinned(literals)
-            known[key] = _Occurrence(literals[free], counts[free])
-        yield place, known[key]
+            known[key] = len(parts)
+            parts.append(piece)
+        index[i] = known[key]
+    return parts, index
 
 
-def _mean_counts(groups: Vector, counts: Vector) -> dict[int, float]:
-    """Group number -> mean count of its literals."""
-    distinct, index, sizes = np.unique(groups, return_inverse=True, return_counts=True)
-    means = np.bincount(index.ravel(), weights=counts) / sizes
-    return dict(sorted(zip(distinct.tolist(), means.tolist())))
+def _occurrences(analysis: Analysis, parts: list[Vector]) -> tuple[Vector, Vector, Vector]:
+    """(part, free literal, how often it occurs there), by part and literal."""
+    if not parts:
+        return (np.zeros(0, dtype=np.int64),) * 3
+    flat = np.concatenate([p.ravel() for p in parts])
+    owner = np.repeat(np.arange(len(parts)), [p.size for p in parts])
+    free = ~analysis.atoms.pinned(flat)
+    keys, counts = np.unique(owner[free] * analysis.atoms.count + flat[free], return_counts=True)
+    return keys // analysis.atoms.count, keys % analysis.atoms.count, counts
+
+
+def _multiplied(analysis: Analysis, parts: list[Vector]) -> tuple[Vector, Vector]:
+    """The distinct ordered pairs of free literals that stand at the same position of a dimension."""
+    pairs = [np.stack(p) for slots in parts for p in itertools.permutations(slots, 2)]
+    if not pairs:
+        return (np.zeros(0, dtype=np.int64),) * 2
+    joined = np.concatenate(pairs, axis=1)
+    joined = joined[:, ~analysis.atoms.pinned(joined).any(axis=0)]
+    keys = np.unique(joined[0] * analysis.atoms.count + joined[1])
+    return keys // analysis.atoms.count, keys % analysis.atoms.count
+
+
+def _mean_counts(part: Vector, group: Vector, counts: Vector, parts: int) -> list[dict[int, float]]:
+    """For each part: group number -> mean count of the group's literals in it."""
+    width = int(group.max()) + 1 if len(group) else 1
+    keys, index, sizes = np.unique(part * width + group, return_inverse=True, return_counts=True)
+    means = np.bincount(index.ravel(), weights=counts, minlength=len(keys)) / sizes
+    result: list[dict[int, float]] = [{} for _ in range(parts)]
+    for key, mean in zip(keys.tolist(), means.tolist()):
+        result[key // width][key % width] = mean
+    return result
 
 
 def find_pinned(analysis: Analysis) -> list[Pinned]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import fnmatch
 from collections.abc import Iterable
 from typing import Any
 
@@ -12,99 +11,158 @@ from ...errors import OptionError, PruningError
 from ...frontend.program import Program
 from .analysis import Analysis
 from .axes import Reason, Vector
-from .budget import Selection, macs_cost, make_choices, parameter_cost, select_budget, select_ratio
+from .budget import Budget, Ratios, Scope, Selection, select
+from .choices import Choice, make_choices, matches
+from .costs import channel_cost, macs_cost, parameter_cost, size_cost
+from .criteria import Aggregate, Normalize
 from .groups import Group, find_groups, places
-from .importance import importances
+from .importance import Importance
+from .kinds import Kind, check_effects, given_options, plan_blocks, plan_n_of_m, plan_unstructured
+from .latency import select_latency
+from .measuring import OpLatencies
+from .neurons import unit_scores
 from .plan import GroupSummary, PruningPlan, Removal
 from .rules import analyze
+from .sensitivity import Loss
+from .units import at_batch_one
+
+_COSTS = {"macs": macs_cost, "params": parameter_cost, "size": size_cost}
 
 
 def plan_pruning(
     program: Program,
     *,
+    kind: Kind = "channels",
     macs: float | None = None,
     params: float | None = None,
+    size: float | None = None,
+    latency: float | None = None,
     ratio: float | None = None,
+    scope: Scope | None = None,
+    ratios: Ratios = (),
+    threshold: float | None = None,
+    pattern: str | None = None,
     importance: str = "l2",
+    aggregate: Aggregate | None = None,
+    normalize: Normalize | None = None,
     round_to: int | None = None,
     exclude: Iterable[str] = (),
     max_ratio: float | None = None,
+    min_channels: int | None = None,
     data: Any = None,
+    loss: Loss | None = None,
     seed: int = 0,
+    latencies: OpLatencies | None = None,
 ) -> PruningPlan:
     """Choose what to remove from `program`, which is not changed.
 
-    Exactly one budget: `macs` or `params`, the share that is kept, or `ratio`, the share of every group that is
-    removed (all in (0, 1); a share of 1 keeps everything). `importance`: l1, l2 or random (drawn from `seed`).
-    `round_to`: group sizes are multiples of it, narrow groups of a half or quarter of it, 4 at least (default 1).
+    Exactly one budget: `macs`, `params`, `size` (bytes of parameters and buffers) or `latency` (time of one example,
+    measured by `latencies`), the share that is kept, or `ratio`, the share that is removed (all in (0, 1); a share of 1
+    keeps everything). `scope`: "global", all groups compete for the budget, or "layer", every layer (of a ratio: every
+    group) meets it by itself; a ratio is meant by layer, anything else globally. `ratios`: shares to remove by glob of
+    layer names, {"layer1.*": 0.3}; the groups that run through those layers do not compete for the budget.
+    `importance`: the name of a criterion (`passes.prune.criteria`,
+    docs/pruning.md): l1, l2, bn-scale, fpgm, lamp, random; with `data` wanda, reconstruction, compensated, taylor,
+    hessian; or one of your own. `aggregate` (mean, sum, max, prod: over coupled layers) and `normalize` (mean, max,
+    sum, gaussian, lamp, none: within a layer; cost: by what a channel costs) replace what suits the criterion.
+    `round_to`: group sizes are multiples of it, those of groups below 4 `round_to` of its half, of still narrower ones
+    (below `round_to`) of its quarter, 4 at least (default 1; for a latency what the target's kernels like).
     `exclude`: globs of names of parameters or layers that keep their shape. `max_ratio`: the largest share removed
-    from any dimension. `data` is for importances that need it; none of the present ones does.
+    from any dimension. `min_channels`: no dimension gets shorter. `data`: batches of inputs, for the importances that
+    need them; labels are ignored unless `loss(outputs, labels)` is given, which taylor and hessian then use. What is
+    random is drawn from `seed`.
+
+    `kind`: "channels" is all of the above. "neurons": hidden units of linear layers only, by the l1 or l2 norm of their
+    outgoing weights; `threshold`, a norm, is another budget for them. "unstructured": the single weights that are
+    smallest become zero, by `ratio` or `threshold`. "n:m": of every m weights the n largest stay, `pattern` "2:4".
+    "blocks": whole residual blocks go, by macs, params or ratio (docs/pruning.md).
 
     Raises OptionError (a bad or effectless option) and PruningError (a quantized program, an impossible budget).
     """
-    budget = _check_options(macs, params, ratio, round_to, max_ratio, data, importance)
-    analysis = analyze(program)
+    check_effects(kind, given_options(plan_pruning, locals()))
+    if kind == "unstructured":
+        return plan_unstructured(program, ratio, threshold, importance, scope, max_ratio, exclude, seed)
+    if kind == "n:m":
+        return plan_n_of_m(program, pattern, importance, exclude, seed)
+    if kind == "blocks":
+        return plan_blocks(program, macs, params, ratio, importance, exclude, data)
+    shares = {"macs": macs, "params": params, "size": size, "latency": latency, "ratio": ratio, "threshold": threshold}
+    if round_to is None and latencies is not None:
+        round_to = latencies.round_to
+    budget = Budget.checked(shares, scope, ratios, round_to, max_ratio, min_channels)
+    _check_clock(budget, latencies)
+    criterion = Importance.checked(importance, aggregate, normalize, data, loss, seed)
+    analysis = analyze(at_batch_one(program) if latencies else program)
     _pin_excluded(analysis, [exclude] if isinstance(exclude, str) else list(exclude))
-    groups = find_groups(analysis)
-    if not groups:
-        raise PruningError(
-            "nothing in this program can be pruned", hint="`fxpress inspect` says what is pinned and why"
-        )
-    scores = importances(analysis, groups, importance, seed)
-    choices = make_choices(analysis, groups, scores, round_to or 1, max_ratio)
-    costs = {"macs": macs_cost(analysis), "params": parameter_cost(analysis)}
-    name, value = budget
-    if name == "ratio":
-        selection = Selection(select_ratio(analysis, choices, value), 0.0)
+    if kind == "neurons":
+        groups, scores = unit_scores(analysis, importance, relative=threshold is None)
     else:
-        selection = select_budget(analysis, choices, costs[name], value, name)
+        groups = find_groups(analysis)
+        _check_any(groups)
+        scores = criterion.of(analysis, groups, _COSTS.get(budget.name, macs_cost)(analysis))
+    judged = [g for g in groups if np.isfinite(scores[g.literals]).all()]
+    choices = make_choices(analysis, judged, scores, budget.limits)
+    request = ("" if kind == "channels" else f"kind={kind}, ") + f"{budget}, importance={importance}"
+    if latencies is None:
+        selection = _select(analysis, groups, choices, budget)
+    else:
+        ratio_of = lambda keep: latencies.ratio(program, _plan(analysis, groups, keep, request).apply(program))  # noqa: E731
+        selection = select_latency(analysis, choices, budget, latencies, ratio_of)
+    notes = (*selection.notes, *_silence(importance, len(groups) - len(judged)))
+    return _plan(analysis, groups, selection.keep, request, notes)
+
+
+def _select(analysis: Analysis, groups: list[Group], choices: list[Choice], budget: Budget) -> Selection:
+    """Meet any budget but latency."""
+    if budget.name in ("ratio", "threshold"):
+        return select(analysis, choices, budget, channel_cost(analysis, groups))
+    return select(analysis, choices, budget, _COSTS[budget.name](analysis))
+
+
+def _plan(
+    analysis: Analysis, groups: list[Group], keep: Vector, request: str, notes: tuple[str, ...] = ()
+) -> PruningPlan:
+    """What a mask over atoms means for the parameters, with its figures."""
     everything = np.ones(analysis.atoms.count, dtype=bool)
-    macs_pair, params_pair = ((round(c(everything)), round(c(selection.keep))) for c in costs.values())
+    costs = (macs_cost(analysis), parameter_cost(analysis))
+    macs_pair, params_pair = ((round(c(everything)), round(c(keep))) for c in costs)
     return PruningPlan(
-        removals=_removals(analysis, selection.keep),
-        groups=tuple(_summary(g, selection.keep) for g in groups),
+        removals=_removals(analysis, keep),
+        groups=tuple(_summary(g, keep) for g in groups),
         macs=macs_pair,
         parameters=params_pair,
-        request=f"{name}={value:g}, importance={importance}",
-        notes=tuple(selection.notes),
+        request=request,
+        notes=notes,
     )
 
 
 # -- options ------------------------------------------------------------------------------------------------------
 
 
-def _check_options(
-    macs: float | None,
-    params: float | None,
-    ratio: float | None,
-    round_to: int | None,
-    max_ratio: float | None,
-    data: Any,
-    importance: str,
-) -> tuple[str, float]:
-    """The one budget that is given."""
-    given = [(n, v) for n, v in (("macs", macs), ("params", params), ("ratio", ratio)) if v is not None]
-    if len(given) != 1:
-        names = ", ".join(n for n, _ in given) or "none"
-        raise OptionError(f"give exactly one budget, got {names}", hint="for example macs=0.5 (keep half of the MACs)")
-    name, value = given[0]
-    is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
-    if not is_number or not 0 < value <= 1 or (name == "ratio" and value == 1):
-        hint = "give a share in (0, 1): macs and params say what is kept, ratio what goes"
-        raise OptionError(f"{name} is {value!r}", hint=hint)
-    if round_to is not None and (not isinstance(round_to, int) or round_to < 1):
-        raise OptionError(f"round_to is {round_to!r}", hint="give a positive whole number, such as 8")
-    if max_ratio is not None and not 0 < max_ratio < 1:
-        raise OptionError(f"max_ratio is {max_ratio!r}", hint="give a share in (0, 1)")
-    if data is not None:
-        raise OptionError(f"importance {importance!r} reads only weights: data has no effect", hint="leave data out")
-    return name, float(value)
+def _check_clock(budget: Budget, latencies: OpLatencies | None) -> None:
+    """A latency budget needs measurements, and nothing else has a use for them."""
+    if budget.name == "latency" and latencies is None:
+        hint = "use fxpress.plan_pruning or fxpress.compile, which measure, or give Context(latencies=...)"
+        raise OptionError("latency needs measurements of the runtime, and there are none here", hint=hint)
+    if budget.name != "latency" and latencies is not None:
+        raise OptionError(f"latencies have no effect on {budget.name}", hint="leave them out, or ask for latency=0.6")
+
+
+def _check_any(groups: list[Group]) -> None:
+    if not groups:
+        raise PruningError(
+            "nothing in this program can be pruned", hint="`fxpress inspect` says what is pinned and why"
+        )
+
+
+def _silence(importance: str, groups: int) -> list[str]:
+    return [f"importance {importance} says nothing about {groups} groups, which are kept whole"] if groups else []
 
 
 def _pin_excluded(analysis: Analysis, patterns: list[str]) -> None:
     """Parameters whose name, or the name of whose layer, matches a glob keep their shape."""
     for pattern in patterns:
-        matched = [n for n in analysis.tensors if _matches(n, pattern)]
+        matched = [n for n in analysis.tensors if matches(n, pattern)]
         if not matched:
             raise OptionError(
                 f"exclude pattern {pattern!r} matches no parameter",
@@ -113,11 +171,6 @@ def _pin_excluded(analysis: Analysis, patterns: list[str]) -> None:
         for name in matched:
             for vector in analysis.tensors[name]:
                 analysis.atoms.pin(vector, Reason(f"excluded by {pattern!r}"))
-
-
-def _matches(name: str, pattern: str) -> bool:
-    parts = name.split(".")
-    return any(fnmatch.fnmatchcase(".".join(parts[:i]), pattern) for i in range(1, len(parts) + 1))
 
 
 # -- from literals to indices ----------------------------------------------------------------------------------------
