@@ -425,6 +425,30 @@ def test_importance_by_data_does_not_depend_on_batches(programs: dict[type[nn.Mo
         assert min(scores[0]) > 0
 
 
+def test_blocks_that_share_parameters() -> None:
+    """As ALBERT's layers, and a head tied to the embedding: what another block still reads stays, and counts once."""
+
+    class Shared(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.table, self.head = nn.Embedding(11, 16), nn.Linear(16, 11, bias=False)
+            self.head.weight = self.table.weight
+            self.a, self.b = nn.Linear(16, 16), nn.Linear(16, 16)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            y = self.table(x)
+            for layer in (self.a, self.a, self.b):
+                y = y + torch.tanh(layer(y))
+            return self.head(y)
+
+    torch.manual_seed(0)
+    program = fxpress.capture(Shared().eval(), (torch.arange(8).reshape(2, 4),))
+    assert [set(b.tensors) for b in find_blocks(program)] == [set(), set(), {"b.weight", "b.bias"}]
+    assert len({b.name for b in find_blocks(program)}) == 3
+    for ratio in (0.34, 0.67, 1.0):
+        check(program, plan_pruning(program, kind="blocks", ratio=ratio))
+
+
 def test_block_budgets(programs: dict[type[nn.Module], fxpress.Program]) -> None:
     program = programs[ConvNet]
     for budget in ("macs", "params"):

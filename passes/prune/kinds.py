@@ -205,16 +205,14 @@ class BlockCosts:
     def __init__(self, program: Program) -> None:
         self._flow = DataFlow(program)
         self._rows = cost_table(program)
-        self._sizes = {n: p.numel() for n, p in program.graph_module.named_parameters(remove_duplicate=True)}
+        self._parameters = dict(program.graph_module.named_parameters(remove_duplicate=False))
 
     def of(self, removed: Iterable[Block]) -> dict[str, int]:
         """{"macs": ..., "params": ...} without these blocks."""
         live = self._flow.live_nodes([(b.node, b.identity) for b in removed])
-        names = {str(n.target) for n in live if n.op == "get_attr"}
-        return {
-            "macs": sum(row.macs for row in self._rows if row.node in live),
-            "params": sum(self._sizes.get(n, 0) for n in names),
-        }
+        read = [self._parameters.get(str(n.target)) for n in live if n.op == "get_attr"]
+        sizes = {id(p): p.numel() for p in read if p is not None}  # a tied parameter counts once
+        return {"macs": sum(row.macs for row in self._rows if row.node in live), "params": sum(sizes.values())}
 
 
 def _within(order: list[Block], budget: float, name: str, costs: BlockCosts) -> list[Block]:

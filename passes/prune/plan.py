@@ -8,6 +8,7 @@ compressible.
 from __future__ import annotations
 
 import json
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field, replace
 from math import prod
 from pathlib import Path
@@ -71,7 +72,7 @@ class PruningPlan:
         copy = program.copy()
         silence_blocks(copy, self.blocks)
         if self.removals:
-            mask_program(_transferred(self._cut(program.copy()), copy))
+            mask_program(_transferred(self._cut(program.copy()), copy, self.blocks))
         mask_weights(copy, self.masks)
         return copy
 
@@ -149,14 +150,21 @@ def _names(program: Program) -> set[str]:
     return {str(n.target) for n in program.graph.nodes if n.op == "get_attr"}
 
 
-def _transferred(cut: Cut, program: Program) -> Cut:
-    """The same cut for a program that has all nodes of the analysed one (and the blocks that it left out), by name."""
+def _transferred(cut: Cut, program: Program, blocks: Iterable[Block]) -> Cut:
+    """The same cut for `program`, which has all nodes of the analysed one, by name, and the blocks that it left out: a
+    sum has the axes of its identity."""
     nodes = {n.name: n for n in program.graph.nodes}
     old = cut.analysis
+    values = {nodes[n.name]: v for n, v in old.values.items()}
+    identities = {b.node: b.identity for b in blocks}
+    for node in program.graph.nodes:
+        identity = node.args[identities[node.name]] if node.name in identities else None
+        if identity in values:
+            values[node] = values[identity]  # type: ignore[index]
     analysis = replace(
         old,
         program=program,
-        values={nodes[n.name]: v for n, v in old.values.items()},
+        values=values,
         contractions=[replace(c, node=nodes[c.node.name]) for c in old.contractions],
         statistics=[replace(s, node=nodes[s.node.name]) for s in old.statistics],
         work=[replace(w, node=nodes[w.node.name]) for w in old.work],
