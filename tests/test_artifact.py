@@ -9,6 +9,7 @@ import subprocess
 import sys
 import textwrap
 import time
+import zlib
 
 import pytest
 
@@ -48,7 +49,11 @@ SCHEMA = {
         "float_islands": [{"node": str, "op": str, "macs": int, "reason": str, "hint": str}],
     },
     "layers": [LAYER],
-    "pruning": {"groups": int, "macs_kept": NUMBER, "pinned": [{"size": int, "reason": str, "source": (str, type(None))}]},
+    "pruning": {
+        "groups": int, "macs_kept": NUMBER, "effects": [str], "zeros": int, "blocks": [str],
+        "compressed_bytes": (dict, type(None)),
+        "pinned": [{"size": int, "reason": str, "source": (str, type(None))}],
+    },
     "promises": [{"name": str, "kept": bool, "detail": str}],
     "environment": {
         "fxpress": str, "python": str, "torch": str, "onnx": str, "onnxruntime": str, "cpu": str, "threads": int,
@@ -78,7 +83,10 @@ def misfits(value, schema, path="report"):
 def test_the_report_has_exactly_the_keys_of_schema_1(tiny_folder):
     report = json.loads((tiny_folder / "report.json").read_text())
     assert report["pruning"] is None
-    assert misfits({**report, "pruning": {"groups": 0, "macs_kept": 1.0, "pinned": []}}, SCHEMA) == []
+    nothing = {
+        "groups": 0, "macs_kept": 1.0, "effects": [], "zeros": 0, "blocks": [], "compressed_bytes": None, "pinned": [],
+    }  # fmt: skip
+    assert misfits({**report, "pruning": nothing}, SCHEMA) == []
 
 
 def test_the_schema_test_can_fail(tiny_folder):
@@ -110,6 +118,30 @@ def test_a_pruned_model_reports_groups_and_what_is_pinned(tiny_module, tiny_data
     assert report["pruning"]["macs_kept"] <= 0.61
     assert any(p["size"] == 5 for p in report["pruning"]["pinned"])  # the classes
     assert report["float"]["parameters"] == sum(p.numel() for p in tiny_module.parameters())
+
+
+def test_a_sparse_model_says_that_it_is_no_faster(tiny_module, tiny_data):
+    """Half of the weights are zero: the MACs stay, only the file compresses better."""
+    dense = fxpress.compile(tiny_module, (tiny_data[:2],), calibration=[tiny_data]).onnx.SerializeToString()
+    artifact = fxpress.compile(
+        tiny_module, (tiny_data[:2],), calibration=[tiny_data], prune="kind=unstructured,ratio=0.7"
+    )
+    pruning = artifact.report["pruning"]
+    assert misfits(pruning, SCHEMA["pruning"]) == []
+    assert pruning["macs_kept"] == 1.0
+    assert pruning["zeros"] == round(0.7 * (3 * 16 * 9 + 16 * 16 * 9 + 16 * 5))
+    assert "makes nothing faster" in pruning["effects"][0]
+    assert 0 < pruning["compressed_bytes"]["compiled"] < len(zlib.compress(dense))
+    assert "makes nothing faster" in render_page(artifact.report)
+
+
+def test_a_model_without_a_block_says_so(tiny_module, tiny_data):
+    artifact = fxpress.compile(tiny_module, (tiny_data[:2],), calibration=[tiny_data], prune="kind=blocks,ratio=1")
+    pruning = artifact.report["pruning"]
+    assert pruning["blocks"] == ["conv2"]
+    assert pruning["macs_kept"] == pytest.approx(artifact.report["compiled"]["macs"] / artifact.report["float"]["macs"])
+    assert "their MACs go" in pruning["effects"][0]
+    assert pruning["compressed_bytes"] is None
 
 
 def test_the_page_stands_alone_and_escapes(tiny_folder):

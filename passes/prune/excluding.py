@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import fnmatch
 from collections.abc import Iterable, Mapping
 
 from ...errors import OptionError
+from .choices import matches
 
 
 def as_patterns(exclude: Iterable[str] | str) -> list[str]:
@@ -28,9 +28,3 @@ def excluded(names: Mapping[str, Iterable[str]], patterns: Iterable[str]) -> set
             )
         found |= matched
     return found
-
-
-def matches(name: str, pattern: str) -> bool:
-    """Does a glob match a dotted name, or the name of a module that it lies in?"""
-    parts = name.split(".")
-    return any(fnmatch.fnmatchcase(".".join(parts[:i]), pattern) for i in range(1, len(parts) + 1))
