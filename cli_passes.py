@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 
 def load_plugins(files: list[Path]) -> None:
-    """Run the user's own files, which register passes or importances. Raises OptionError for one that registers none."""
+    """Run the user's own files, which register passes or importances. Raises OptionError for one that does neither."""
     from .frontend.sources import load_file
     from .passes.base import registered_passes
     from .passes.prune.criteria import criteria

@@ -21,7 +21,7 @@ from ...errors import OptionError, did_you_mean
 
 Reads = Literal["weights", "norms", "activations", "contributions", "moments", "gradients"]
 Aggregate = Literal["mean", "sum", "max", "prod"]
-Normalize = Literal["mean", "max", "sum", "gaussian", "lamp", "none"]
+Normalize = Literal["mean", "max", "sum", "gaussian", "lamp", "cost", "none"]
 
 DATA_READS = ("activations", "contributions", "moments", "gradients")
 
@@ -72,9 +72,17 @@ class Moments(Contributions):
     samples: int
 
 
-# reads="gradients": the function maps d(loss of an example)/d(gate of a channel), [examples, channels], to scores of
-# the same shape, which are averaged over the examples. A gate is a factor 1 at every operand that holds the channel
-# and is summed over; at 0 the channel is removed.
+@dataclass(frozen=True)
+class Gradients:
+    """reads="gradients": moments over the examples of g, the derivative of an example's loss by a channel's gate.
+
+    A gate is a factor 1 at every operand that holds the channel and is summed over; at 0 the channel is removed.
+    `means` [n]: E g, `magnitudes` [n]: E |g|, `squares` [n]: E g^2. The function gives one score for each channel.
+    """
+
+    means: torch.Tensor
+    magnitudes: torch.Tensor
+    squares: torch.Tensor
 
 
 @dataclass(frozen=True)
@@ -109,7 +117,7 @@ def register_importance(
     Raises OptionError for a name that is taken and for options that do not exist.
     """
     check_choice("reads", reads, ("weights", "norms", *DATA_READS))
-    check_choice("normalize", normalize, ("mean", "max", "sum", "gaussian", "lamp", "none"))
+    check_choice("normalize", normalize, ("mean", "max", "sum", "gaussian", "lamp", "cost", "none"))
     check_choice("aggregate", aggregate, ("mean", "sum", "max", "prod"))
 
     def register(function: Callable[[Any], torch.Tensor]) -> Callable[[Any], torch.Tensor]:

@@ -20,6 +20,7 @@ from ...frontend.program import Program
 from ..rewrite import argument, aten
 from .analysis import Analysis, Contraction
 from .axes import Vector
+from .batch_layout import BatchAxis, BatchLayout, batch_symbol
 
 _PIECE = 32  # examples that run at once
 
@@ -34,15 +35,19 @@ class Gate:
     contraction: Contraction
     literals: Vector  # sorted
     index: torch.Tensor
-    batch_dim: int | None  # of the operand; its size is a multiple of the number of examples
-    output_dim: int | None  # the same of the node's (first) output
+    batch: BatchAxis | None  # of the operand
+    output_batch: BatchAxis | None  # of the node's (first) output
 
     def by_example(self, operand: torch.Tensor, count: int) -> torch.Tensor:
         """[examples, other values, positions]; a single example where the operand has no batch."""
-        if self.batch_dim is None:
-            return operand.movedim(self.contraction.dim, -1).reshape(1, -1, len(self.index))
-        moved = operand.movedim((self.batch_dim, self.contraction.dim), (0, -1))
-        return moved.reshape(count, -1, len(self.index))
+        dim = self.contraction.dim
+        if self.batch is None:
+            return operand.movedim(dim, -1).reshape(1, -1, len(self.index))
+        # Splitting the batch axis adds two dimensions before those that come after it.
+        last = dim + 2 if dim > self.batch.dim else dim
+        first = self.batch.dim + 1
+        split = self.batch.split(operand, count).movedim((first, last), (0, -1))
+        return split.reshape(count, -1, len(self.index))
 
     def by_literal(self, positions: torch.Tensor) -> torch.Tensor:
         """Sums over the positions of each literal: [..., positions] -> [..., literals]."""
@@ -62,34 +67,18 @@ def find_gates(analysis: Analysis, literals: Vector) -> list[Gate]:
     """The gates of these literals, in graph order."""
     wanted = np.zeros(analysis.atoms.count, dtype=bool)
     wanted[literals] = True
-    symbol = batch_symbol(analysis.program)
+    layout = BatchLayout(analysis.program)
     gates = []
     for contraction in analysis.contractions:
         vector = analysis.need(contraction.node, contraction.argument)[contraction.dim]
         operand = argument(contraction.node, contraction.argument)
-        batch_dims = find_batch_dim(operand, symbol), find_batch_dim(contraction.node, symbol)
+        batches = layout.of(operand), layout.of(contraction.node)
         for slot in analysis.atoms.resolve(vector):
             found = np.unique(slot[wanted[slot]])
             if len(found):
                 index = np.where(wanted[slot], np.searchsorted(found, slot), len(found))
-                gates.append(Gate(contraction, found, torch.from_numpy(index), *batch_dims))
+                gates.append(Gate(contraction, found, torch.from_numpy(index), *batches))
     return gates
-
-
-def batch_symbol(program: Program) -> Any:
-    """The symbol of the first size of the first input that has one, or None where that is a number."""
-    first = next((n.meta["val"].shape[0] for n in program.tensor_placeholders() if n.meta["val"].ndim), 1)
-    return None if isinstance(first, int) else first.node.expr
-
-
-def find_batch_dim(node: fx.Node, symbol: Any) -> int | None:
-    """The dimension that the examples lie along: the one whose size depends on the batch."""
-    if symbol is None:
-        return None
-    value = node.meta["val"]
-    sizes = (value[0] if isinstance(value, (tuple, list)) else value).shape
-    dims = [i for i, n in enumerate(sizes) if not isinstance(n, int) and symbol in n.node.expr.free_symbols]
-    return dims[0] if dims else None
 
 
 # -- running ------------------------------------------------------------------------------------------------------
@@ -200,17 +189,19 @@ class Signs:
         self._seed = seed
         self._generators: dict[str, np.random.Generator] = {}
 
-    def like(self, tensor: torch.Tensor, key: str, count: int, batch_dim: int | None) -> torch.Tensor:
-        """Signs in the form of `tensor`, the next ones of the sequence `key`; examples lie along `batch_dim`."""
+    def like(self, tensor: torch.Tensor, key: str, count: int, batch: BatchAxis | None) -> torch.Tensor:
+        """Signs in the form of `tensor`, the next ones of the sequence `key`; examples lie along `batch`."""
         generator = self._generators.setdefault(key, np.random.default_rng([self._seed, *key.encode()]))
-        rows = 1 if batch_dim is None else count
+        rows = 1 if batch is None else count
         size = tensor.numel() // rows
         words = generator.integers(0, 2**64, size=(rows, math.ceil(size / 64)), dtype=np.uint64)
         bits = np.unpackbits(words.view(np.uint8), axis=1)[:, :size]
         signs = torch.from_numpy(bits).to(tensor.dtype).mul_(2).sub_(1)
-        if batch_dim is None:
+        if batch is None:
             return signs.reshape(tensor.shape)
-        return signs.reshape(tensor.movedim(batch_dim, 0).shape).movedim(0, batch_dim)
+        at = batch.dim + 1
+        split = batch.split(tensor, count).movedim(at, 0)
+        return signs.reshape(split.shape).movedim(0, at).reshape(tensor.shape)
 
 
 def all_pieces(program: Program, batches: Iterable[tuple[Any, ...]]) -> Iterator[tuple[Any, ...]]:

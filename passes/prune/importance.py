@@ -29,6 +29,7 @@ from ...frontend.program import Program, get_attribute
 from ..rewrite import argument
 from .analysis import Analysis
 from .axes import Vector
+from .costs import macs_cost
 from .criteria import Criterion, Slices, check_choice, find_criterion
 from .gates import Gate, Signs, find_gates
 from .groups import Group, Place
@@ -40,8 +41,8 @@ from .sensitivity import (
     MomentSums,
     Objective,
     OutputProbes,
-    mean_over_gradients,
     measure_gates,
+    measure_gradients,
 )
 
 _NORMS = ("aten.batch_norm", "aten.instance_norm", "aten.group_norm")
@@ -97,8 +98,10 @@ class Importance:
             criterion, aggregate or criterion.aggregate, normalize or criterion.normalize, data, loss, seed
         )
 
-    def of(self, analysis: Analysis, groups: list[Group]) -> Vector:
+    def of(self, analysis: Analysis, groups: list[Group], cost: Callable[[Vector], float] | None = None) -> Vector:
         """The importance of every literal, indexed by atom: 0 where it is in no group, inf where nothing can be said.
+
+        `cost` is what the plan has to save, of a mask over atoms: by default the MACs.
 
         Raises OptionError where nothing can be said of any group, PruningError for weights that are not finite,
         DataError for data that do not fit.
@@ -107,6 +110,8 @@ class Importance:
         readers = self._readers(analysis)
         for group, scores in zip(groups, self._scores(analysis, groups)):
             result[group.literals] = self._together(scores, group) * np.sqrt(readers[group.literals])
+        if self.normalize == "cost":
+            _divide_by_savings(result, groups, cost or macs_cost(analysis))
         if groups and all(np.isinf(result[g.literals]).all() for g in groups):
             raise OptionError(
                 f"importance {self.criterion.name!r} says nothing about any group of this program",
@@ -156,8 +161,8 @@ class Importance:
             objective.observe(batches)
         else:
             source = ((*inputs, labels) for inputs, labels in batches.labelled())
-        literals, values = mean_over_gradients(program, gates, source, self.criterion.function, objective)
-        return [Scores(literals, _finite(values.numpy(), self.criterion))]
+        literals, found = measure_gradients(program, gates, source, objective)
+        return [Scores(literals, _checked(self.criterion, self.criterion.function(found), len(literals)))]
 
 
 def importances(analysis: Analysis, groups: list[Group], name: str, seed: int = 0) -> Vector:
@@ -258,6 +263,17 @@ def _finite(values: Vector, criterion: Criterion) -> Vector:
     return values
 
 
+def _divide_by_savings(scores: Vector, groups: list[Group], cost: Callable[[Vector], float]) -> None:
+    """Make scores those per share of the cost that removing a single literal of the group saves."""
+    everything = np.ones(len(scores), dtype=bool)
+    total = cost(everything)
+    for group in groups:
+        everything[group.literals[0]] = False
+        saved = 1 - cost(everything) / total if total else 0.0
+        everything[group.literals[0]] = True
+        scores[group.literals] /= max(saved, 1e-12)
+
+
 # -- normalization: the scores of a group at one place, made comparable -----------------------------------------------
 
 
@@ -291,6 +307,7 @@ NORMALIZATIONS: dict[str, Callable[[Vector], Vector]] = {
     "sum": _by(np.sum),
     "gaussian": _gaussian,
     "lamp": _lamp,
+    "cost": lambda scores: scores,  # divided after aggregation
     "none": lambda scores: scores,
 }
 

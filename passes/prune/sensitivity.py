@@ -16,8 +16,9 @@ from torch.utils import _pytree as pytree
 from ...errors import DataError, OptionError
 from ...frontend.program import Program
 from .axes import Vector
-from .criteria import Activations, Contributions, Moments
-from .gates import Call, Gate, GateRun, Signs, all_pieces, batch_symbol, example_count, find_batch_dim
+from .batch_layout import BatchLayout
+from .criteria import Activations, Contributions, Gradients, Moments
+from .gates import Call, Gate, GateRun, Signs, all_pieces, example_count
 
 Batch = tuple[torch.Tensor, ...]
 Loss = Callable[[Any, Any], torch.Tensor]
@@ -100,7 +101,7 @@ class ContributionSums:
 
         def probes(y: torch.Tensor) -> list[torch.Tensor]:
             keys = [f"{call.node.name}.{call.contraction.argument}.{i}" for i in range(_PROBES)]
-            return [self._signs.like(y, key, call.count, gate.output_dim) for key in keys]
+            return [self._signs.like(y, key, call.count, gate.output_batch) for key in keys]
 
         output, gradients = _pull_back(call, probes)
         operand = gate.by_example(call.operand, call.count)
@@ -201,23 +202,18 @@ class GateGradients:
         return result
 
 
-def mean_over_gradients(
-    program: Program,
-    gates: list[Gate],
-    batches: Iterable[tuple[Any, ...]],
-    function: Callable[[torch.Tensor], torch.Tensor],
-    objective: Objective,
-) -> tuple[Vector, torch.Tensor]:
-    """(literals, mean over examples and objectives of `function` of the gradients by their gates)."""
+def measure_gradients(
+    program: Program, gates: list[Gate], batches: Iterable[tuple[Any, ...]], objective: Objective
+) -> tuple[Vector, Gradients]:
+    """(literals, moments of the derivatives by their gates, over the examples and objectives)."""
     measure = GateGradients(program, gates)
-    total, examples = torch.zeros(len(measure.literals), dtype=torch.float64), 0
+    sums, count = torch.zeros(3, len(measure.literals), dtype=torch.float64), 0
     for piece in all_pieces(program, batches):
         batch, objectives = objective(piece)
-        count = example_count(program, batch)
-        found = measure(batch, count, objectives)
-        total += sum(function(g).sum(0) for g in found) / len(found)
-        examples += count
-    return measure.literals, total / examples
+        for found in measure(batch, example_count(program, batch), objectives):
+            sums += torch.stack([found.sum(0), found.abs().sum(0), found.square().sum(0)])
+            count += len(found)
+    return measure.literals, Gradients(*(sums / count))
 
 
 # -- objectives ---------------------------------------------------------------------------------------------------
@@ -233,8 +229,9 @@ class OutputProbes:
     def __init__(self, program: Program, signs: Signs) -> None:
         self._program = program
         self._signs = signs
-        self._dims = [find_batch_dim(n, batch_symbol(program)) for n in program.output_nodes()]
-        self._scales = [1.0] * len(self._dims)
+        layout = BatchLayout(program)
+        self._axes = [layout.of(n) for n in program.output_nodes()]
+        self._scales = [1.0] * len(self._axes)
 
     def __call__(self, batch: tuple[Any, ...]) -> tuple[Batch, Callable[[Any], list[torch.Tensor]]]:
         count = example_count(self._program, batch)
@@ -242,15 +239,15 @@ class OutputProbes:
 
     def _projection(self, outputs: Any, probe: int, count: int) -> torch.Tensor:
         terms = [
-            (y * self._signs.like(y, f"output.{i}.{probe}", count, dim)).sum() * scale
-            for i, (y, dim, scale) in enumerate(zip(_tensors(outputs), self._dims, self._scales))
+            (y * self._signs.like(y, f"output.{i}.{probe}", count, axis)).sum() * scale
+            for i, (y, axis, scale) in enumerate(zip(_tensors(outputs), self._axes, self._scales))
             if y.is_floating_point()
         ]
         return torch.stack(terms).sum()
 
     def observe(self, batches: Iterable[Batch]) -> None:
         """Make the outputs count alike: each is divided by the root of its mean energy over all examples."""
-        energies, count = [0.0] * len(self._dims), 0
+        energies, count = [0.0] * len(self._axes), 0
         for piece in all_pieces(self._program, batches):
             for i, y in enumerate(self._program.run_flat(_leaves(self._program, piece))):
                 energies[i] += float(y.double().square().sum())
