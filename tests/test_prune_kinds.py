@@ -583,7 +583,8 @@ def test_plans_say_what_makes_a_runtime_faster(programs: dict[type[nn.Module], f
     assert "makes nothing faster" in repr(sparse)
     assert f"{sparse.zeros:,} of" in repr(sparse)
     blocks = plan_pruning(program, kind="blocks", ratio=0.99)
-    assert "their MACs go" in repr(blocks)
+    assert "their MACs and time go" in repr(blocks)
+    assert "round_to" in repr(plan_pruning(program, macs=0.7))
     assert "layers.0, layers.1" in repr(blocks)
     both = blocks.merge(plan_pruning(blocks.apply(program), kind="unstructured", ratio=0.5))
     assert len(both.effects) == 2
@@ -657,3 +658,16 @@ def test_zeros_survive_fusion_and_quantization(programs: dict[type[nn.Module], f
     for a, b in zip(sorted(stored, key=lambda t: t.numel()), sorted(wanted, key=lambda t: t.numel())):
         assert a.numel() == b.numel()
         assert int((a == 0).sum()) >= int((b == 0).sum())
+
+
+def test_zeros_survive_recovery(programs: dict[type[nn.Module], fxpress.Program]) -> None:
+    from fxpress.passes.prune.recover import recover
+
+    program = programs[ConvNet]
+    plan = plan_pruning(program, macs=0.7)
+    plan = plan.merge(plan_pruning(plan.apply(program), kind="unstructured", ratio=0.5))
+    pruned = plan.apply(program)
+    recovered = recover(pruned, batches(ConvNet), reference=program, plan=plan)
+    for mask in plan.masks:
+        assert torch.equal(zeros(recovered, mask.name), zeros(pruned, mask.name))
+        assert zeros(pruned, mask.name).any()
