@@ -14,7 +14,7 @@ from torch import nn
 from fxpress.frontend.sources import declare_torchvision_operators
 
 # fmt: off
-TIMM = """
+_TIMM = """
 bat_resnext26ts beit_base_patch16_224 botnet26t_256 caformer_s18 cait_xxs24_224 coat_lite_tiny coatnet_pico_rw_224
 convformer_s18 convit_tiny convmixer_768_32 convnext_atto convnextv2_atto crossvit_tiny_240 cs3darknet_s cspresnet50
 darknet53 davit_tiny deit3_small_patch16_224 deit_tiny_patch16_224 densenet121 dla34 dpn68 eca_nfnet_l0 ecaresnet26t
@@ -30,15 +30,15 @@ resnext50_32x4d rexnet_100 sebotnet33ts_256 selecsls42b semnasnet_100 sequencer2
 skresnet18 starnet_s1 swin_tiny_patch4_window7_224 swinv2_cr_tiny_ns_224 swinv2_tiny_window8_256 tf_efficientnet_lite0
 tiny_vit_5m_224 tinynet_e tnt_s_patch16_224 tresnet_m twins_pcpvt_small twins_svt_small visformer_tiny
 vit_relpos_small_patch16_224 vit_tiny_patch16_224 volo_d1_224 vovnet39a xception41 xcit_nano_12_p16_224
-""".split()
+"""
 
-TORCHVISION = """
+_TORCHVISION = """
 alexnet convnext_tiny deeplabv3_mobilenet_v3_large deeplabv3_resnet50 densenet121 densenet161 efficientnet_b0
 efficientnet_v2_s fcn_resnet50 googlenet inception_v3 lraspp_mobilenet_v3_large maxvit_t mc3_18 mnasnet0_5 mnasnet1_3
 mobilenet_v2 mobilenet_v3_large mobilenet_v3_small mvit_v1_b mvit_v2_s r2plus1d_18 r3d_18 regnet_x_400mf regnet_y_400mf
 resnet18 resnet50 resnext50_32x4d s3d shufflenet_v2_x0_5 shufflenet_v2_x1_0 squeezenet1_0 squeezenet1_1 swin3d_t swin_t
 swin_v2_t vgg11 vgg11_bn vit_b_32 wide_resnet50_2
-""".split()
+"""
 VIDEO = ("mc3_18", "mvit_v1_b", "mvit_v2_s", "r2plus1d_18", "r3d_18", "s3d", "swin3d_t")
 
 _SMALL = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 64}
@@ -141,8 +141,8 @@ TRANSFORMERS: dict[str, Tiny] = {
 # fmt: on
 
 NAMES = [
-    *(f"timm:{n}" for n in TIMM),
-    *(f"torchvision:{n}" for n in TORCHVISION),
+    *(f"timm:{n}" for n in _TIMM.split()),
+    *(f"torchvision:{n}" for n in _TORCHVISION.split()),
     *(f"transformers:{n}" for n in TRANSFORMERS),
 ]
 _KEEP: list[object] = []
@@ -168,20 +168,31 @@ def _timm(name: str) -> Loaded:
     import timm
 
     module = timm.create_model(name, pretrained=False)
-    return module, (torch.randn(2, *module.default_cfg["input_size"]),), {}
+    return module, (_picture(module, *module.default_cfg["input_size"]),), {}
 
 
 def _torchvision(name: str) -> Loaded:
     import torchvision
 
     options: dict[str, Any] = {"init_weights": False} if name in ("googlenet", "inception_v3") else {}
-    if "resnet" in name or "mobilenet_v3_large" in name:
-        options |= {"weights_backbone": None} if name.startswith(("deeplab", "fcn", "lraspp")) else {}
+    if name.startswith(("deeplab", "fcn", "lraspp")):
+        options["weights_backbone"] = None
     module = torchvision.models.get_model(name, weights=None, **options)
-    shape = (3, 16, 112, 112) if name in VIDEO else (3, 299, 299) if name == "inception_v3" else (3, 224, 224)
-    if name.startswith("mvit"):
-        shape = (3, 16, 224, 224)
-    return module, (torch.randn(2, *shape),), {}
+    if name in VIDEO:
+        size = 224 if name.startswith("mvit") else 112
+        return module, (torch.randn(2, 3, 16, size, size),), {}
+    return module, (_picture(module, 3, 224, 224),), {}
+
+
+def _picture(module: nn.Module, channels: int, height: int, width: int) -> torch.Tensor:
+    """A small picture where the model takes one, else one of its own size: the algebra is the same, and the run short."""
+    small = torch.randn(2, channels, 96, 96)
+    try:
+        with torch.no_grad():
+            module.eval()(small)
+        return small
+    except (RuntimeError, ValueError, AssertionError, TypeError):
+        return torch.randn(2, channels, height, width)
 
 
 def _transformers(name: str) -> Loaded:

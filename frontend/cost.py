@@ -7,6 +7,7 @@ products, attention and recurrent layers; elementwise work and normalization are
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from math import prod
@@ -71,8 +72,13 @@ def op_name(node: fx.Node) -> str:
     """ "aten.conv2d" of a node that calls an operator, without its overload; "" or a Python name for other nodes."""
     if node.op != "call_function":
         return ""
-    schema = getattr(node.target, "_schema", None)
-    return schema.name.replace("::", ".") if schema is not None else getattr(node.target, "__name__", str(node.target))
+    return _name(node.target)
+
+
+@functools.cache
+def _name(target: Any) -> str:
+    schema = getattr(target, "_schema", None)
+    return schema.name.replace("::", ".") if schema is not None else getattr(target, "__name__", str(target))
 
 
 def concrete(size: Any) -> int:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+import functools
+from collections.abc import Callable, Collection, Iterator
 from typing import Any
 
 import torch
@@ -30,14 +31,21 @@ def argument(node: fx.Node, name: str) -> Any:
 
     Raises KeyError for a name that the op's schema does not have.
     """
-    for position, item in enumerate(node.target._schema.arguments):  # type: ignore[union-attr]
-        if item.name == name:
-            if name in node.kwargs:
-                return node.kwargs[name]
-            if position < len(node.args):
-                return node.args[position]
-            return item.default_value
-    raise KeyError(f"{node.target} has no argument {name!r}")
+    position, default = _signature(node.target)[name]
+    if name in node.kwargs:
+        return node.kwargs[name]
+    return node.args[position] if position < len(node.args) else default
+
+
+def argument_names(node: fx.Node) -> Collection[str]:
+    """The names of an op's arguments, in order."""
+    return _signature(node.target)
+
+
+@functools.cache
+def _signature(op: Any) -> dict[str, tuple[int, Any]]:
+    """Name -> position and default. Reading a schema is slow, and every rule asks for arguments by name."""
+    return {a.name: (i, a.default_value) for i, a in enumerate(op._schema.arguments)}
 
 
 def set_argument(node: fx.Node, name: str, value: Any) -> None:

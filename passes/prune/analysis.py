@@ -87,6 +87,7 @@ class Analysis:
     work: list[Work] = field(default_factory=list)
     maps: dict[fx.Node, IndexMap] = field(default_factory=dict)
     factors: dict[fx.Node, Vector] = field(default_factory=dict)  # what the `groups` literal of a node counts
+    integers: list[str] = field(default_factory=list)  # names of tensors that hold no floating-point numbers
     _by_identity: dict[int, Axes] = field(default_factory=dict)
 
     # -- what rules read ----------------------------------------------------------------------------------------
@@ -112,6 +113,8 @@ class Analysis:
 
     def same(self, first: Vector, second: Vector, node: fx.Node, text: str | None = None) -> None:
         """Both dimensions are indexed together in `node`."""
+        if first is second:
+            return
         self.atoms.unify(first, second, Reason(text or f"{op_name(node)} meets a dimension that cannot change", node))
 
     def pin(self, axes: Vector | Axes, node: fx.Node, text: str) -> None:
@@ -139,6 +142,10 @@ class Analysis:
         """Axes of a node's output that cannot change."""
         return tuple(self.atoms.fixed(n) for n in shape_of(node)[dims])
 
+    def holds_tensor(self, name: str) -> bool:
+        """Is there a tensor under this name, and no subgraph?"""
+        return isinstance(get_attribute(self.program.graph_module, name), torch.Tensor)
+
     def tensor_axes(self, name: str) -> Axes:
         """The axes of a parameter or buffer; one that is known under two names has the same axes under both."""
         if name not in self.tensors:
@@ -146,8 +153,10 @@ class Analysis:
             if not isinstance(tensor, torch.Tensor):
                 raise PruningError(f"{name} is no tensor", hint="control flow in the graph cannot be pruned")
             if id(tensor) not in self._by_identity:
-                self._by_identity[id(tensor)] = tuple(self.atoms.fresh(n) for n in tensor.shape)
+                self._by_identity[id(tensor)] = tuple(map(self.atoms.fresh, tensor.shape))
             self.tensors[name] = self._by_identity[id(tensor)]
+            if not (tensor.is_floating_point() or tensor.is_complex()):
+                self.integers.append(name)
         return self.tensors[name]
 
 

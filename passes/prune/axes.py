@@ -25,6 +25,7 @@ from torch import fx
 from ...frontend.program import source_of
 
 FIXED = 0
+_ROOM = 1 << 16  # atoms to begin with
 Vector = np.ndarray  # one atom per position of a dimension, int64
 Axes = tuple[Vector, ...]  # one vector per dimension of a tensor
 
@@ -51,10 +52,11 @@ class Atoms:
     def __init__(self) -> None:
         self.count = 1
         self.reasons: list[Reason] = [Reason("fixed")]
-        self._parent = np.zeros(1024, dtype=np.int64)
-        self._left = np.zeros(1024, dtype=np.int64)  # of a product atom: the outer conjunct, else 0
-        self._right = np.zeros(1024, dtype=np.int64)
-        self._pin = np.zeros(1024, dtype=np.int64)  # of a root: index into reasons, 0 when it may be removed
+        self._parent = np.zeros(_ROOM, dtype=np.int64)
+        self._left = np.zeros(_ROOM, dtype=np.int64)  # of a product atom: the outer conjunct, else 0
+        self._right = np.zeros(_ROOM, dtype=np.int64)
+        self._pin = np.zeros(_ROOM, dtype=np.int64)  # of a root: index into reasons, 0 when it may be removed
+        self._marked = np.zeros(_ROOM, dtype=bool)  # has a pin, or is or belongs to a product
         self._products = False
         self._fixed: dict[int, Vector] = {}
 
@@ -101,13 +103,14 @@ class Atoms:
 
     def find(self, vector: Vector) -> Vector:
         """The root of every atom."""
-        root = self._parent[vector]
+        first = root = self._parent[vector]
         while True:
             up = self._parent[root]
-            if np.array_equal(up, root):
+            if (up == root).all():
                 break
             root = up
-        self._parent[vector] = root
+        if root is not first:
+            self._parent[vector] = root
         return root
 
     def resolve(self, vector: Vector) -> Vector:
@@ -144,14 +147,17 @@ class Atoms:
         """Never remove these positions: pin every literal of them that is not pinned yet."""
         if not vector.any():
             return
-        literals = self.literals(vector)
-        free = literals[self._pin[literals] == 0]
+        literals = self.resolve(vector)
+        free = literals[(self._pin[literals] == 0) & (literals != FIXED)]
         if len(free):
             self.reasons.append(reason)
             self._pin[free] = len(self.reasons) - 1
+            self._marked[free] = True
 
     def unify(self, first: Vector, second: Vector, reason: Reason) -> None:
         """Position i of both is kept or removed together. `reason` is kept where this pins something."""
+        if first is second or self._adopt(first, second) or self._adopt(second, first):
+            return
         assert len(first) == len(second)
         first, second = self.find(first), self.find(second)
         differ = first != second
@@ -169,11 +175,24 @@ class Atoms:
 
     # -- inner parts --------------------------------------------------------------------------------------------
 
+    def _adopt(self, known: Vector, new: Vector) -> bool:
+        """Where `new` is a run of atoms of which nothing is known yet, let it be `known`: most unions are this one."""
+        if len(known) != len(new) or not len(new):
+            return False
+        start = int(new[0])
+        stop = start + len(new)
+        untouched = stop <= self.count and (self._parent[start:stop] == new).all()
+        # FIXED needs a reason, a factor of a product may be one of `known`, and newer atoms may lead to `new`.
+        if not untouched or self._marked[start:stop].any() or not FIXED < known.min() <= known.max() < start:
+            return False
+        self._parent[start:stop] = known
+        return True
+
     def _allocate(self, size: int) -> Vector:
         start, self.count = self.count, self.count + size
         if self.count > len(self._parent):
             more = max(self.count, 2 * len(self._parent)) - len(self._parent)
-            for name in ("_parent", "_left", "_right", "_pin"):
+            for name in ("_parent", "_left", "_right", "_pin", "_marked"):
                 setattr(self, name, np.pad(getattr(self, name), (0, more)))
         atoms = np.arange(start, self.count)
         self._parent[atoms] = atoms
@@ -187,6 +206,7 @@ class Atoms:
         if size:
             atoms = self._allocate(size)
             self._left[atoms], self._right[atoms] = first[new], second[new]
+            self._marked[first[new]] = self._marked[second[new]] = self._marked[atoms] = True
             self._products = True
             result[new] = atoms
         return result
@@ -198,6 +218,11 @@ class Atoms:
             return matrix[:, 0], self.fixed(columns)
         if (matrix == matrix[:1]).all():
             return self.fixed(rows), matrix[0]
+        flat = matrix.ravel()
+        if flat[0] > FIXED and (flat[1:] > flat[:-1]).all():  # all different: the usual case, with nothing to sort
+            outer, inner = self._allocate(rows), self._allocate(columns)
+            self._substitute(flat, self.merge(outer, inner))
+            return outer, inner
         _, first_row, row_class = np.unique(matrix, axis=0, return_index=True, return_inverse=True)
         _, first_column, column_class = np.unique(matrix, axis=1, return_index=True, return_inverse=True)
         cells = matrix[np.sort(first_row)][:, np.sort(first_column)]
@@ -220,16 +245,21 @@ class Atoms:
 
     def _unite(self, first: Vector, second: Vector) -> None:
         """Union of literals, pairwise; pins are inherited."""
+        first, second = self.find(first), self.find(second)
         while True:
-            first, second = self.find(first), self.find(second)
             differ = first != second
             if not differ.any():
                 return
             first, second = first[differ], second[differ]
             low, high = np.minimum(first, second), np.maximum(first, second)
             self._parent[high] = low  # of several writes one wins; the others are made in the next round
-            low = self.find(low)
-            np.maximum.at(self._pin, self.find(high), self._pin[high])
+            pinned = self._pin[high] > 0
+            if pinned.any():
+                high = high[pinned]
+                roots = self.find(high)
+                np.maximum.at(self._pin, roots, self._pin[high])
+                self._marked[roots] = True
+            first, second = self.find(first), self.find(second)
 
     def _substitute(self, literals: Vector, products: Vector) -> None:
         """Let each (distinct) literal be the product atom beside it."""
@@ -315,6 +345,8 @@ def _cuts(slots: Vector) -> list[int] | None:
 
 def _distinct(slots: list[Vector]) -> Vector:
     """Slots as an array, with repeated literals of a position and empty slots taken out."""
+    if len(slots) == 1:
+        return slots[0][None]
     kept: list[Vector] = []
     for slot in slots:
         for earlier in kept:

@@ -97,33 +97,29 @@ def find_groups(analysis: Analysis) -> list[Group]:
     number = np.zeros(analysis.atoms.count, dtype=np.int64)
     number[members] = index
     means = _mean_counts(part, number[literals], counts, len(parts))
-    found: dict[int, dict[Place, float]] = {}  # in the order of the first place
-    for (place, _), p in zip(where, of_place):
-        for group, count in means[p].items():
-            found.setdefault(group, {})[place] = count
+    alike: list[list[Place]] = [[] for _ in parts]
+    for (place, _), p in zip(where, of_place.tolist()):
+        alike[p].append(place)
+    found: dict[int, tuple[list[Place], list[float]]] = {}  # in the order of the first place
+    for same, found_here in zip(alike, means):
+        for group, count in found_here:
+            at, counted = found.setdefault(group, ([], []))
+            at += same
+            counted += [count] * len(same)
     order = np.argsort(index, kind="stable")
     sizes = np.cumsum(np.bincount(index))
     atoms = np.split(members[order], sizes[:-1]) if len(members) else []
-    return [Group(analysis, atoms[g], tuple(m), tuple(m.values())) for g, m in found.items()]
+    return [Group(analysis, atoms[g], tuple(at), tuple(counted)) for g, (at, counted) in found.items()]
 
 
 def _distinct_parts(analysis: Analysis, vectors: list[Vector]) -> tuple[list[Vector], Vector]:
     """The literals [slots, positions] of every distinct vector, and which of them each vector has."""
     if not vectors:
         return [], np.zeros(0, dtype=np.int64)
-    slots = analysis.atoms.resolve(np.concatenate(vectors))
-    ends = np.cumsum([len(v) for v in vectors])
+    roots = np.split(analysis.atoms.find(np.concatenate(vectors)), np.cumsum([len(v) for v in vectors])[:-1])
     known: dict[bytes, int] = {}
-    parts: list[Vector] = []
-    index = np.empty(len(vectors), dtype=np.int64)
-    for i, (end, vector) in enumerate(zip(ends, vectors)):
-        piece = slots[:, end - len(vector) : end]
-        key = piece.tobytes()
-        if key not in known:
-            known[key] = len(parts)
-            parts.append(piece)
-        index[i] = known[key]
-    return parts, index
+    index = np.array([known.setdefault(piece.tobytes(), len(known)) for piece in roots])
+    return [analysis.atoms.resolve(np.frombuffer(piece, dtype=np.int64)) for piece in known], index
 
 
 def _occurrences(analysis: Analysis, parts: list[Vector]) -> tuple[Vector, Vector, Vector]:
@@ -139,23 +135,24 @@ def _occurrences(analysis: Analysis, parts: list[Vector]) -> tuple[Vector, Vecto
 
 def _multiplied(analysis: Analysis, parts: list[Vector]) -> tuple[Vector, Vector]:
     """The distinct ordered pairs of free literals that stand at the same position of a dimension."""
-    pairs = [np.stack(p) for slots in parts for p in itertools.permutations(slots, 2)]
+    pairs = [p for slots in parts for p in itertools.combinations(slots, 2)]
     if not pairs:
         return (np.zeros(0, dtype=np.int64),) * 2
-    joined = np.concatenate(pairs, axis=1)
-    joined = joined[:, ~analysis.atoms.pinned(joined).any(axis=0)]
-    keys = np.unique(joined[0] * analysis.atoms.count + joined[1])
-    return keys // analysis.atoms.count, keys % analysis.atoms.count
+    first, second = (np.concatenate(side) for side in zip(*pairs))
+    free = ~(analysis.atoms.pinned(first) | analysis.atoms.pinned(second))
+    keys = np.unique(np.minimum(first, second)[free] * analysis.atoms.count + np.maximum(first, second)[free])
+    low, high = keys // analysis.atoms.count, keys % analysis.atoms.count
+    return np.concatenate([low, high]), np.concatenate([high, low])
 
 
-def _mean_counts(part: Vector, group: Vector, counts: Vector, parts: int) -> list[dict[int, float]]:
-    """For each part: group number -> mean count of the group's literals in it."""
+def _mean_counts(part: Vector, group: Vector, counts: Vector, parts: int) -> list[list[tuple[int, float]]]:
+    """For each part: its groups by number, and the mean count of each one's literals in it."""
     width = int(group.max()) + 1 if len(group) else 1
     keys, index, sizes = np.unique(part * width + group, return_inverse=True, return_counts=True)
     means = np.bincount(index.ravel(), weights=counts, minlength=len(keys)) / sizes
-    result: list[dict[int, float]] = [{} for _ in range(parts)]
+    result: list[list[tuple[int, float]]] = [[] for _ in range(parts)]
     for key, mean in zip(keys.tolist(), means.tolist()):
-        result[key // width][key % width] = mean
+        result[key // width].append((key % width, mean))
     return result
 
 

@@ -13,7 +13,7 @@ import torch
 from torch import fx
 
 from ...errors import PruningError
-from ...frontend.program import Program, get_attribute, source_of
+from ...frontend.program import Program, source_of
 from .analysis import Analysis, Value, concrete, flat_axes, op_name, shape_of
 from .axes import Atoms, Axes, Reason
 from .rules_einsum import EINSUM_RULES
@@ -82,7 +82,7 @@ def analyze(program: Program) -> Analysis:
 def _visit(analysis: Analysis, node: fx.Node) -> None:
     """Give `node` its axes."""
     if node.op == "get_attr":
-        if isinstance(get_attribute(analysis.program.graph_module, str(node.target)), torch.Tensor):
+        if _gives_tensors(node) or analysis.holds_tensor(str(node.target)):
             analysis.values[node] = analysis.tensor_axes(str(node.target))
     elif node.op == "placeholder":
         if isinstance(node.meta.get("val"), torch.Tensor):
@@ -101,11 +101,9 @@ def _visit(analysis: Analysis, node: fx.Node) -> None:
 
 def _pin_integers(analysis: Analysis) -> None:
     """Integer parameters and buffers hold indices, not weights that could be left out."""
-    for name, axes in analysis.tensors.items():
-        tensor = get_attribute(analysis.program.graph_module, name)
-        if not (tensor.is_floating_point() or tensor.is_complex()):
-            for vector in axes:
-                analysis.atoms.pin(vector, Reason(f"{name} is not a floating-point tensor"))
+    for name in analysis.integers:
+        for vector in analysis.tensors[name]:
+            analysis.atoms.pin(vector, Reason(f"{name} is not a floating-point tensor"))
 
 
 def _gives_tensors(node: fx.Node) -> bool:

@@ -69,7 +69,7 @@ def _batch_is_outermost(ins: Any, outs: Any) -> bool:
     """The regrouping read off at the example's batch holds at every batch if dynamic sizes come first in it."""
     if len(ins) == len(outs) == 1:
         return True
-    dynamic = [[not isinstance(n, int) for n in sizes if n != 1] for sizes in (ins, outs)]
+    dynamic = [[not isinstance(n, int) for n in sizes if not isinstance(n, int) or n != 1] for sizes in (ins, outs)]
     return not any(any(flags[1:]) for flags in dynamic) and (not any(map(any, dynamic)) or all(map(any, dynamic)))
 
 
