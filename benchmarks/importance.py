@@ -18,6 +18,7 @@ from pathlib import Path
 import torch
 from int8_accuracy import DATA, collect
 from models import cifar_resnet20, load_checkpoint
+from torch.nn import functional
 
 import fxpress
 from fxpress.frontend.program import Program
@@ -62,8 +63,8 @@ def judge(
     }
 
 
-def variants(names: list[str], calibration: torch.Tensor) -> dict[str, list[dict[str, object]]]:
-    """Title -> options of `plan_pruning`, several where they are averaged."""
+def variants(names: list[str], calibration: torch.Tensor, labels: torch.Tensor) -> dict[str, list[dict[str, object]]]:
+    """Title -> options of `plan_pruning`, several where they are averaged. What reads gradients comes with labels too."""
     result: dict[str, list[dict[str, object]]] = {}
     for name in names:
         options: dict[str, object] = {"importance": name}
@@ -71,6 +72,9 @@ def variants(names: list[str], calibration: torch.Tensor) -> dict[str, list[dict
             options["data"] = calibration.split(50)
         seeds = range(5) if name == "random" else [0]
         result[name] = [{**options, "seed": seed} for seed in seeds]
+        if criteria()[name].reads == "gradients":
+            data = list(zip(calibration.split(50), labels.split(50)))
+            result[f"{name}, labels"] = [{**options, "data": data, "loss": functional.cross_entropy}]
     return result
 
 
@@ -82,14 +86,14 @@ def main() -> None:
     options = parser.parse_args()
     torch.set_num_threads(1)
     torch.manual_seed(0)
-    x = torch.from_numpy(collect(DATA / "cifar10_train20k.npz", "cifar10", 3000)[0])
+    x, y = map(torch.from_numpy, collect(DATA / "cifar10_train20k.npz", "cifar10", 3000))
     calibration, images = x[::3], x[torch.arange(len(x)) % 3 != 0]
     program = fxpress.capture(load_checkpoint(cifar_resnet20(), DATA / "cifar_resnet20.th"), (x[:2],))
     wanted = predictions(program, images)
     results = []
     for macs in options.macs:
         print(f"\nMACs {macs:g}: agreement with the unpruned model on {len(images)} images, %")
-        for title, trials in variants(options.criteria, calibration).items():
+        for title, trials in variants(options.criteria, calibration, y[::3].long()).items():
             found = [judge(program, t, macs, calibration, images, wanted) for t in trials]
             row = {key: statistics.mean(f[key] for f in found) for key in found[0]}
             results.append({"criterion": title, "budget": macs, **row})

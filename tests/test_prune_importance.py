@@ -75,10 +75,37 @@ class Transformer(nn.Module):
         return self.head(self.block(tokens).mean(1 if self.batch_first else 0))
 
 
+class Recurrent(nn.Module):
+    """An LSTM whose hidden size is pruned: its own weights sum over it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.lstm, self.head = nn.LSTM(6, 12, batch_first=True), nn.Linear(12, 5)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.head(self.lstm(x)[0].mean(1))
+
+
+class Einsum(nn.Module):
+    """Attention spelled by einsum, with a constant that one contraction reads."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.qkv, self.out = nn.Linear(6, 3 * 24), nn.Linear(24, 5)
+        self.table = nn.Parameter(torch.randn(7, 24))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        q, k, v = (t.unflatten(-1, (4, 6)) for t in self.qkv(x).chunk(3, dim=-1))
+        weights = torch.einsum("bqhd,bkhd->bhqk", q, k).softmax(-1)
+        return self.out((torch.einsum("bhqk,bkhd->bqhd", weights, v).flatten(2) + self.table).mean(1))
+
+
 NETWORKS = {
     "cnn with BatchNorm": (lambda: ConvNet(True), (3, 8, 8)),
     "cnn without BatchNorm": (lambda: ConvNet(False), (3, 8, 8)),
     "depthwise": (Depthwise, (3, 8, 8)),
+    "lstm": (Recurrent, (7, 6)),
+    "einsum": (Einsum, (7, 6)),
     "transformer": (Transformer, (7, 6)),
     "transformer, batch second": (lambda: Transformer(False), (7, 6)),
 }

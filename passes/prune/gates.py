@@ -16,8 +16,9 @@ import torch
 from torch import fx
 
 from ...frontend.batches import examples_in
+from ...frontend.cost import op_name
 from ...frontend.program import Program
-from ..rewrite import argument, aten
+from ..rewrite import aten
 from .analysis import Analysis, Contraction
 from .axes import Vector
 from .batch_layout import BatchAxis, BatchLayout, batch_symbol
@@ -68,14 +69,17 @@ def find_gates(analysis: Analysis, literals: Vector) -> list[Gate]:
     wanted = np.zeros(analysis.atoms.count, dtype=bool)
     wanted[literals] = True
     layout = BatchLayout(analysis.program)
-    gates = []
+    gates: list[Gate] = []
+    summed: set[tuple[fx.Node, bytes]] = set()  # by einsum, whose operands are multiplied: one gate for their sum
     for contraction in analysis.contractions:
-        vector = analysis.need(contraction.node, contraction.argument)[contraction.dim]
-        operand = argument(contraction.node, contraction.argument)
-        batches = layout.of(operand), layout.of(contraction.node)
+        vector = analysis.axes(contraction.operand)[contraction.dim]
+        batches = layout.of(contraction.operand), layout.of(contraction.node)
         for slot in analysis.atoms.resolve(vector):
             found = np.unique(slot[wanted[slot]])
-            if len(found):
+            key = (contraction.node, found.tobytes())
+            if len(found) and key not in summed:
+                if op_name(contraction.node) == "aten.einsum":
+                    summed.add(key)
                 index = np.where(wanted[slot], np.searchsorted(found, slot), len(found))
                 gates.append(Gate(contraction, found, torch.from_numpy(index), *batches))
     return gates
@@ -99,15 +103,21 @@ class Call:
 
     @property
     def operand(self) -> torch.Tensor:
-        name = self.contraction.argument
-        return self.kwargs[name] if name in self.kwargs else self.args[self._position]
+        position = self.contraction.position
+        return self._given if position is None else self._given[position]
 
     def on(self, operand: torch.Tensor) -> Call:
         """The same call on another operand."""
-        name, at = self.contraction.argument, self._position
+        name, at, position = self.contraction.argument, self._position, self.contraction.position
+        new = operand if position is None else [*self._given[:position], operand, *self._given[position + 1 :]]
         if name in self.kwargs:
-            return replace(self, kwargs={**self.kwargs, name: operand})
-        return replace(self, args=(*self.args[:at], operand, *self.args[at + 1 :]))
+            return replace(self, kwargs={**self.kwargs, name: new})
+        return replace(self, args=(*self.args[:at], new, *self.args[at + 1 :]))
+
+    @property
+    def _given(self) -> Any:
+        name = self.contraction.argument
+        return self.kwargs[name] if name in self.kwargs else self.args[self._position]
 
     def output(self) -> torch.Tensor:
         """What the sum gives: the first output of the node, and for attention the products of query and key."""
@@ -168,14 +178,22 @@ def example_count(program: Program, batch: tuple[torch.Tensor, ...]) -> int:
     return 1 if batch_symbol(program) is None else examples_in(batch)
 
 
-def pieces(program: Program, batch: tuple[Any, ...]) -> Iterator[tuple[Any, ...]]:
-    """A batch (with or without labels) in parts of few examples, where the program takes batches of any size."""
+def all_pieces(
+    program: Program, batches: Iterable[tuple[Any, ...]], gates: Iterable[Gate] = ()
+) -> Iterator[tuple[Any, ...]]:
+    """Every batch (with or without labels) in parts of few examples, where the program takes batches of any size.
+
+    One by one where a gate is at an operand without a batch (a recurrent weight), which sums over examples.
+    """
+    size = 1 if any(g.batch is None for g in gates) else _PIECE
+    for batch in batches:
+        yield from _pieces(batch, size) if batch_symbol(program) is not None else [batch]
+
+
+def _pieces(batch: tuple[Any, ...], size: int) -> Iterator[tuple[Any, ...]]:
     count = examples_in(tuple(t for t in batch if isinstance(t, torch.Tensor)))
-    if batch_symbol(program) is None or count <= _PIECE:
-        yield batch
-        return
-    for start in range(0, count, _PIECE):
-        yield tuple(t[start : start + _PIECE] if _runs_along(t, count) else t for t in batch)
+    for start in range(0, count, size):
+        yield tuple(t[start : start + size] if _runs_along(t, count) else t for t in batch)
 
 
 def _runs_along(value: Any, count: int) -> bool:
@@ -202,9 +220,3 @@ class Signs:
         at = batch.dim + 1
         split = batch.split(tensor, count).movedim(at, 0)
         return signs.reshape(split.shape).movedim(0, at).reshape(tensor.shape)
-
-
-def all_pieces(program: Program, batches: Iterable[tuple[Any, ...]]) -> Iterator[tuple[Any, ...]]:
-    """`pieces` of every batch."""
-    for batch in batches:
-        yield from pieces(program, batch)

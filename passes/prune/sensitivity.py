@@ -41,7 +41,7 @@ def measure_gates(program: Program, gates: list[Gate], batches: Iterable[Batch],
 
     run = GateRun(program, gates, visit)
     with torch.no_grad():
-        for piece in all_pieces(program, batches):
+        for piece in all_pieces(program, batches, gates):
             run.outputs(piece)
     return [s.finish() for s in sums]
 
@@ -100,7 +100,8 @@ class ContributionSums:
         """The operand by example, its products with each probe, and the energy of the output."""
 
         def probes(y: torch.Tensor) -> list[torch.Tensor]:
-            keys = [f"{call.node.name}.{call.contraction.argument}.{i}" for i in range(_PROBES)]
+            at = call.contraction
+            keys = [f"{at.node.name}.{at.argument}.{at.position}.{at.dim}.{i}" for i in range(_PROBES)]
             return [self._signs.like(y, key, call.count, gate.output_batch) for key in keys]
 
         output, gradients = _pull_back(call, probes)
@@ -208,7 +209,7 @@ def measure_gradients(
     """(literals, moments of the derivatives by their gates, over the examples and objectives)."""
     measure = GateGradients(program, gates)
     sums, count = torch.zeros(3, len(measure.literals), dtype=torch.float64), 0
-    for piece in all_pieces(program, batches):
+    for piece in all_pieces(program, batches, gates):
         batch, objectives = objective(piece)
         for found in measure(batch, example_count(program, batch), objectives):
             sums += torch.stack([found.sum(0), found.abs().sum(0), found.square().sum(0)])
