@@ -46,9 +46,9 @@ class Network(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.stem, self.bn = nn.Conv2d(3, 48, 3, padding=1, bias=False), nn.BatchNorm2d(48)
-        self.left, self.right = nn.Conv2d(48, 32, 1), nn.Conv2d(48, 32, 3, padding=1)
-        self.depthwise = nn.Conv2d(64, 64, 3, padding=1, groups=64)
-        self.narrow = nn.Conv2d(64, 48, 1)
+        self.left, self.middle, self.right = nn.Conv2d(48, 32, 1), nn.Conv2d(48, 16, 1), nn.Conv2d(48, 32, 3, padding=1)
+        self.depthwise = nn.Conv2d(80, 80, 3, padding=1, groups=80)
+        self.narrow = nn.Conv2d(80, 48, 1)
         self.grouped, self.back = nn.Conv2d(48, 64, 3, padding=1, groups=4), nn.Conv2d(64, 48, 1)
         self.norm = nn.LayerNorm(48)
         self.qkv, self.proj = nn.Linear(48, 3 * 64), nn.Linear(64, 48)
@@ -57,7 +57,7 @@ class Network(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         x = F.relu(self.bn(self.stem(x)))
-        y = torch.cat([F.relu(self.left(x)), F.relu(self.right(x))], 1)
+        y = torch.cat([F.relu(layer(x)) for layer in (self.left, self.middle, self.right)], 1)
         x = x + self.narrow(F.silu(self.depthwise(y)))
         x = x + self.back(F.relu(self.grouped(x)))
         tokens = x.flatten(2).transpose(1, 2) + self.shift.abs()
@@ -70,6 +70,25 @@ class Network(nn.Module):
 def program() -> Program:
     torch.manual_seed(0)
     return fxpress.capture(Network().eval(), (torch.randn(2, 3, 6, 6),))
+
+
+class Chain(nn.Module):
+    """Few units, so that many plans can be made: a residual block with a bottleneck."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.down = nn.Conv2d(3, 64, 3, padding=1), nn.Conv2d(64, 40, 1)
+        self.up, self.head = nn.Conv2d(40, 64, 3, padding=1), nn.Linear(64, 10)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = F.relu(self.stem(x))
+        return self.head((x + self.up(F.relu(self.down(x)))).mean((2, 3)))
+
+
+@pytest.fixture(scope="module")
+def chain() -> Program:
+    torch.manual_seed(0)
+    return fxpress.capture(Chain().eval(), (torch.randn(2, 3, 8, 8),))
 
 
 @pytest.fixture(scope="module")
@@ -151,7 +170,7 @@ def test_units_compute_what_the_program_computes(single: Program) -> None:
             assert torch.equal(result, values[node.name]), node.name
 
 
-@settings(max_examples=6, deadline=None)
+@settings(max_examples=3, deadline=None)
 @given(ratio=st.floats(0.1, 0.8), seed=st.integers(0, 99))
 def test_a_unit_built_small_is_the_unit_of_the_pruned_program(
     program: Program, single: Program, ratio: float, seed: int
@@ -259,7 +278,7 @@ def test_the_table_is_exact_for_a_runtime_that_is_linear(program: Program, singl
     assert clock.saved == 1
 
 
-@settings(max_examples=8, deadline=None)
+@settings(max_examples=4, deadline=None)
 @given(
     share=st.floats(0.45, 0.95),
     power=st.floats(0.7, 1.2),
@@ -268,13 +287,13 @@ def test_the_table_is_exact_for_a_runtime_that_is_linear(program: Program, singl
     seed=st.integers(0, 9),
 )
 def test_a_latency_is_met_within_a_percent_or_says_why_not(
-    program: Program, share: float, power: float, overhead: float, factor: float, seed: int
+    chain: Program, share: float, power: float, overhead: float, factor: float, seed: int
 ) -> None:
     """Even if whole models are not the sum of their units, as real ones are not."""
     clock = Clock(power=power, factor=factor)
-    clock.overhead = overhead * clock.whole(program)
-    plan = plan_pruning(program, latency=share, round_to=2, latencies=clock, importance="random", seed=seed)
-    reached = clock.whole(plan.apply(program)) / clock.whole(program)
+    clock.overhead = overhead * clock.whole(chain)
+    plan = plan_pruning(chain, latency=share, round_to=1, latencies=clock, importance="random", seed=seed)
+    reached = clock.whole(plan.apply(chain)) / clock.whole(chain)
     assert f"measured latency is {reached:.3f}" in plan.notes[0]
     assert abs(reached / share - 1) <= 0.011 or "instead of" in plan.notes[0]
     assert len(clock.ratios) <= 6
@@ -294,17 +313,17 @@ def test_by_layer_a_latency_is_met_by_every_unit() -> None:
     assert f"measured latency is {clock.ratios[0]:.3f}" in plan.notes[0]
 
 
-def test_what_cannot_be_reached_is_an_error(program: Program) -> None:
+def test_what_cannot_be_reached_is_an_error(chain: Program) -> None:
     with pytest.raises(PruningError, match=r"latency=0\.001 cannot be reached"):
-        plan_pruning(program, latency=0.001, latencies=Clock())
+        plan_pruning(chain, latency=0.001, latencies=Clock())
 
 
-def test_a_pass_takes_its_clock_from_the_context(program: Program) -> None:
+def test_a_pass_takes_its_clock_from_the_context(chain: Program) -> None:
     context = Context(latencies=Clock())
-    run_passes(program, "prune{latency=0.7,round_to=2}", context)
+    run_passes(chain, "prune{latency=0.7,round_to=2}", context)
     assert 0.69 <= context.latencies.ratios[-1] <= 0.71  # type: ignore[union-attr]
     with pytest.raises(OptionError, match="needs measurements"):
-        run_passes(program, "prune{latency=0.7}")
+        run_passes(chain, "prune{latency=0.7}")
 
 
 # -- the clock of ONNX Runtime ------------------------------------------------------------------------------------

@@ -61,7 +61,7 @@ shares = st.floats(0.25, 1.0)
 # -- globally -----------------------------------------------------------------------------------------------------
 
 
-@settings(max_examples=15, deadline=None)
+@settings(max_examples=8, deadline=None)
 @given(share=shares, budget=st.sampled_from(sorted(COSTS)), seed=st.integers(0, 9), round_to=st.sampled_from([1, 8]))
 def test_a_budget_is_met_within_a_percent_or_says_why_not(
     program: fxpress.Program, share: float, budget: str, seed: int, round_to: int
@@ -102,7 +102,7 @@ def layer_shares(before: fxpress.Program, after: fxpress.Program) -> dict[str, f
     return {name: left[name] / full[name] for name in full}
 
 
-@settings(max_examples=12, deadline=None)
+@settings(max_examples=6, deadline=None)
 @given(share=st.floats(0.3, 0.95), seed=st.integers(0, 9))
 def test_by_layer_every_layer_meets_the_share_by_itself(program: fxpress.Program, share: float, seed: int) -> None:
     plan = plan_pruning(program, macs=share, scope="layer", importance="random", seed=seed)
@@ -170,7 +170,7 @@ def test_a_glob_that_matches_nothing_is_an_error(program: fxpress.Program) -> No
 # -- limits -------------------------------------------------------------------------------------------------------
 
 
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=8, deadline=None)
 @given(
     ratio=st.floats(0.3, 0.99),
     max_ratio=st.none() | st.floats(0.1, 0.9),

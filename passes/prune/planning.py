@@ -87,7 +87,7 @@ def plan_pruning(
     if kind == "blocks":
         return plan_blocks(program, macs, params, ratio, importance, exclude, data)
     shares = {"macs": macs, "params": params, "size": size, "latency": latency, "ratio": ratio, "threshold": threshold}
-    if round_to is None and latencies is not None:
+    if round_to is None and latency is not None and latencies is not None:
         round_to = latencies.round_to
     budget = Budget.checked(shares, scope, ratios, round_to, max_ratio, min_channels)
     _check_clock(budget, latencies)
