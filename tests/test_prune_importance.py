@@ -14,6 +14,7 @@ from torch import nn
 from torch.nn import functional as F
 
 import fxpress
+from fxpress.cli_passes import load_plugins
 from fxpress.errors import DataError, FxpressError, OptionError, PruningError
 from fxpress.frontend.sources import load_file
 from fxpress.passes.base import Context
@@ -492,10 +493,14 @@ def test_an_importance_that_gives_nonsense_is_told_so(plain: fxpress.Program, re
 
 
 @pytest.mark.usefixtures("clean_table")
-def test_the_example_runs() -> None:
-    example = load_file(Path(__file__).resolve().parents[1] / "examples" / "custom_importance.py")
-    plans = example.main()
-    assert {"importance=entropy", "importance=variance"} == {p.request.split(", ")[1] for p in plans}
+def test_the_example_is_a_plugin(tmp_path: Path) -> None:
+    source = Path(__file__).resolve().parents[1] / "examples" / "custom_importance.py"
+    copy = tmp_path / "custom_importance.py"  # loaded anew, whatever other tests loaded
+    copy.write_text(source.read_text())
+    load_plugins([copy])
+    assert {"entropy", "variance"} <= set(criteria())
+    plans = load_file(copy).main()
+    assert [p.request.split(", ")[-1] for p in plans] == ["importance=entropy", "importance=variance"]
 
 
 def test_every_built_in_criterion_names_its_source() -> None:
