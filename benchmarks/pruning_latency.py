@@ -2,6 +2,7 @@
 
     python benchmarks/pruning_latency.py                                  # the table of docs/results.md
     python benchmarks/pruning_latency.py torchvision:resnet18 --latency 0.5 --recipe int8
+    python benchmarks/pruning_latency.py --widths                         # time of a convolution by its channels
 
 One process plans (with the user's cached table of kernel times) and writes the unpruned and the pruned model as ONNX, in
 the form that the recipe gives them. A second, fresh one runs both in turns, batch 1, one thread, in five trials with new
@@ -23,6 +24,7 @@ from pathlib import Path
 
 MODELS = ["torchvision:mobilenet_v2", "torchvision:resnet18", "timm:vit_tiny_patch16_224"]
 TRIALS = 5
+WIDTHS = (8, 12, 14, 16, 18, 20, 24, 28, 30, 32, 40, 48, 52, 56, 60, 64)
 
 
 def plan(model: str, latency: float, recipe: str, folder: Path) -> dict[str, object]:
@@ -62,6 +64,32 @@ def measure(folder: Path, seconds: float) -> dict[str, list[float]]:
     return ratios
 
 
+def widths() -> None:
+    """Processor time of a stack of 3x3 convolutions on 16x16 pixels by its number of channels, 16 channels being 1."""
+    import torch
+    from torch import nn
+
+    import fxpress
+    from fxpress.runtime.benchmark import compare_latency
+    from fxpress.runtime.session import make_session
+
+    def session(channels: int) -> object:
+        layers = [m for _ in range(6) for m in (nn.Conv2d(channels, channels, 3, padding=1), nn.ReLU())]
+        model = nn.Sequential(nn.Conv2d(16, channels, 3, padding=1), nn.ReLU(), *layers).eval()
+        return make_session(clock.compiled(fxpress.capture(model, (x,))))
+
+    torch.manual_seed(0)
+    torch.set_num_threads(1)
+    x = torch.randn(2, 16, 16, 16)
+    for recipe in ("float", "int8"):
+        clock = fxpress.op_latencies(recipe)
+        base, times = session(16), []
+        for n in WIDTHS:
+            timing = compare_latency(session(n), base, (x[:1].numpy(),), seconds=2, clock=time.thread_time)
+            times.append(f"{n}: {timing.ratio:.2f}")
+        print(f"{recipe:5}  {'  '.join(times)}", flush=True)
+
+
 def in_fresh_process(step: str, *arguments: str) -> dict[str, object]:
     """The JSON that this script prints for one step."""
     command = [sys.executable, __file__, "--step", step, *arguments]
@@ -76,10 +104,13 @@ def main() -> None:
     parser.add_argument("--recipe", default="float")
     parser.add_argument("--seconds", type=float, default=4.0, help="of each of the five trials")
     parser.add_argument("--json", type=Path)
+    parser.add_argument("--widths", action="store_true", help="time convolutions by their channels instead")
     parser.add_argument("--step", choices=["plan", "measure"], help=argparse.SUPPRESS)
     parser.add_argument("--folder", type=Path, help=argparse.SUPPRESS)
     args = parser.parse_args()
-    if args.step == "plan":
+    if args.widths:
+        widths()
+    elif args.step == "plan":
         print(json.dumps(plan(args.models[0], args.latency, args.recipe, args.folder)))
     elif args.step == "measure":
         print(json.dumps(measure(args.folder, args.seconds)))
