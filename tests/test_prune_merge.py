@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import random
 from dataclasses import replace
 from pathlib import Path
 
@@ -251,6 +252,37 @@ def test_everything_in_one_plan(tmp_path: Path) -> None:
     for step_plan in steps:
         expected = step_plan.apply(expected)
     same(again.apply(other), expected)
+
+
+STEPS: list[dict[str, object]] = [
+    {"ratio": 0.3},
+    {"macs": 0.8, "importance": "random"},
+    {"kind": "unstructured", "ratio": 0.4},
+    {"kind": "unstructured", "ratio": 0.3, "scope": "layer", "importance": "lamp"},
+    {"kind": "n:m", "pattern": "2:4"},
+    {"kind": "neurons", "ratio": 0.3},
+    {"kind": "blocks", "ratio": 0.34},
+]
+
+
+@pytest.mark.parametrize("seed", range(4))
+@pytest.mark.parametrize("kind", INPUTS)
+def test_random_sequences_of_kinds(kind: type[nn.Module], seed: int) -> None:
+    """Four steps of any kind: those that apply to a network become one plan."""
+    program, draw = captured(kind), random.Random(seed)
+    current, merged = program, None
+    for step in draw.sample(STEPS, 4):
+        try:
+            plan = plan_pruning(current, **step, seed=seed)  # type: ignore[arg-type]
+        except PruningError:  # this network has no blocks, say
+            continue
+        current = plan.apply(current)
+        merged = plan if merged is None else merged.merge(plan)
+    assert merged is not None
+    same(merged.apply(program), current)
+    assert oracle_error(merged.mask(program), current) <= 1e-9
+    assert merged.macs == (count_macs(program), count_macs(current))
+    assert merged.zeros == sum(int((current.state_dict()[m.name] == 0).sum()) for m in merged.masks)
 
 
 # -- contradictions and files -------------------------------------------------------------------------------------
