@@ -75,6 +75,8 @@ def show_report(report: dict[str, Any]) -> None:
     islands = len(coverage["float_islands"])
     left = f"; {islands} float island{'s' * (islands != 1)}, see the report" if islands else ""
     say(f"{percent(coverage['integer_macs'])} of the MACs in integer kernels{left}")
+    for effect in (report["pruning"] or {}).get("effects", ()):
+        say(effect)
     for promise in report["promises"]:
         mark = "[green]kept[/]" if promise["kept"] else "[bold red]MISSED[/]"
         console().print(f"{mark} {promise['name']}: {escape(promise['detail'])}")

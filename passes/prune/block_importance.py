@@ -51,7 +51,8 @@ def block_importances(
         known = ", ".join((*DATA_IMPORTANCES, *WEIGHT_IMPORTANCES))
         raise OptionError(f"importance {importance!r} does not score blocks", hint=f"choose one of {known}")
     if data is None:
-        raise DataError(f"importance {importance!r} needs data", hint="give data=batches (unlabelled examples)")
+        hint = "give data=batches, labels are not needed (in a pipeline: the calibration data)"
+        raise DataError(f"importance {importance!r} needs data", hint=hint)
     return _mean_over_examples(program, blocks, importance, data)
 
 
