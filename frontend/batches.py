@@ -54,7 +54,13 @@ class Batches:
         for index, item in enumerate(self.source()):
             batch = flat_inputs(self.program.inputs, item)
             check_batch(self.program.inputs, batch, index)
-            yield batch, _labels(self.program.inputs, item)
+            labels = _labels(self.program.inputs, item)
+            if labels.ndim and len(labels) != examples_in(batch):
+                raise DataError(
+                    f"batch {index} of the data holds {examples_in(batch)} examples and {len(labels)} labels",
+                    hint="give one label, or one tensor of labels, for each example",
+                )
+            yield batch, labels
 
     def first(self, examples: int | None = None) -> tuple[torch.Tensor, ...]:
         """The first batch, cut to `examples`."""

@@ -241,6 +241,14 @@ def test_a_norm_scale_that_is_zero_goes_first_by_bn_scale() -> None:
     assert found[3] == 0
 
 
+def test_a_layer_of_zeros_goes_before_any_other(plain: fxpress.Program) -> None:
+    program = with_weights(plain, conv1__bias=lambda b: b.fill_(-1e3))
+    for name in ("wanda", "reconstruction"):  # "compensated" finds that the constant outputs need no channel at all
+        found = scores(program, name)
+        assert (found["conv1.weight[0]"] == 0).all()
+        assert found["conv2.weight[0]"].max() > 0
+
+
 @pytest.mark.parametrize("name", DATA)
 def test_a_channel_that_never_fires_goes_first(plain: fxpress.Program, name: str) -> None:
     """Only data tell: its weights are as large as any."""
@@ -443,6 +451,7 @@ X = torch.randn(4, 3, 8, 8)
         ({"aggregate": "median"}, OptionError, "mean, sum, max, prod"),
         ({"normalize": "median"}, OptionError, "gaussian"),
         ({"importance": "taylor", "data": [X], "loss": cross_entropy}, DataError, "no labels"),
+        ({"importance": "taylor", "data": [(X, torch.zeros(3).long())], "loss": cross_entropy}, DataError, "3 labels"),
         ({"importance": "taylor", "data": []}, DataError, "no examples"),
         ({"importance": "taylor", "data": [X[:, :2]]}, DataError, "shape"),
         ({"importance": "taylor", "data": [(X, torch.zeros(4).long())], "loss": lambda y, t: 1.0}, OptionError, "loss gave"),

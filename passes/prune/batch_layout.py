@@ -43,14 +43,15 @@ class BatchLayout:
     def __init__(self, program: Program) -> None:
         self._symbol = batch_symbol(program)
         self._static = None if self._symbol is None else _with_batch_atoms(program)
-        self._nodes = {n.name: n for n in self._static.program.graph.nodes} if self._static else {}
+        self._nodes = {n.name: n for n in program.graph.nodes}
+        self._values = {n.name: v for n, v in self._static.values.items()} if self._static else {}
         self._batch = self._batch_literals()
 
-    def of(self, node: fx.Node) -> BatchAxis | None:
-        """The axis of a node's (first) tensor, None where it holds no batch."""
+    def of(self, name: str) -> BatchAxis | None:
+        """The axis of the (first) tensor of the node of that name, None where it holds no batch."""
         if self._symbol is None:
             return None
-        return self._by_algebra(node) or self._by_size(node)
+        return self._by_algebra(name) or self._by_size(self._nodes[name])
 
     def _batch_literals(self) -> Vector:
         if self._static is None:
@@ -58,11 +59,11 @@ class BatchLayout:
         first = next(n for n in self._static.program.tensor_placeholders() if n.meta["val"].ndim)
         return self._static.atoms.find(self._static.axes(first)[0])
 
-    def _by_algebra(self, node: fx.Node) -> BatchAxis | None:
+    def _by_algebra(self, name: str) -> BatchAxis | None:
         """The dimension in which the batch's atoms occur, each for every position of its example."""
         if self._static is None:
             return None
-        value = self._static.values.get(self._nodes[node.name], ())
+        value = self._values.get(name, ())
         axes = value[0] if isinstance(value, list) else value
         literals = self._static.atoms.find(self._batch)
         if len(np.unique(literals)) < len(literals):

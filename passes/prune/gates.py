@@ -64,16 +64,16 @@ class Gate:
         return torch.cat(columns)
 
 
-def find_gates(analysis: Analysis, literals: Vector) -> list[Gate]:
-    """The gates of these literals, in graph order."""
+def find_gates(analysis: Analysis, literals: Vector, program: Program) -> list[Gate]:
+    """The gates of these literals, in graph order, for runs of `program`, whose nodes are those of the analysed one."""
     wanted = np.zeros(analysis.atoms.count, dtype=bool)
     wanted[literals] = True
-    layout = BatchLayout(analysis.program)
+    layout = BatchLayout(program)
     gates: list[Gate] = []
     summed: set[tuple[fx.Node, bytes]] = set()  # by einsum, whose operands are multiplied: one gate for their sum
     for contraction in analysis.contractions:
         vector = analysis.axes(contraction.operand)[contraction.dim]
-        batches = layout.of(contraction.operand), layout.of(contraction.node)
+        batches = layout.of(contraction.operand.name), layout.of(contraction.node.name)
         for slot in analysis.atoms.resolve(vector):
             found = np.unique(slot[wanted[slot]])
             key = (contraction.node, found.tobytes())

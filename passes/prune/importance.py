@@ -98,17 +98,24 @@ class Importance:
             criterion, aggregate or criterion.aggregate, normalize or criterion.normalize, data, loss, seed
         )
 
-    def of(self, analysis: Analysis, groups: list[Group], cost: Callable[[Vector], float] | None = None) -> Vector:
+    def of(
+        self,
+        analysis: Analysis,
+        groups: list[Group],
+        cost: Callable[[Vector], float] | None = None,
+        program: Program | None = None,
+    ) -> Vector:
         """The importance of every literal, indexed by atom: 0 where it is in no group, inf where nothing can be said.
 
-        `cost` is what the plan has to save, of a mask over atoms: by default the MACs.
+        `cost` is what the plan has to save, of a mask over atoms: by default the MACs. `program` is what data run
+        through, the analysed one by default; its nodes have the same names.
 
         Raises OptionError where nothing can be said of any group, PruningError for weights that are not finite,
         DataError for data that do not fit.
         """
         result = np.zeros(analysis.atoms.count)
         readers = self._readers(analysis)
-        for group, scores in zip(groups, self._scores(analysis, groups)):
+        for group, scores in zip(groups, self._scores(analysis, groups, program or analysis.program)):
             result[group.literals] = self._together(scores, group) * np.sqrt(readers[group.literals])
         if self.normalize == "cost":
             _divide_by_savings(result, groups, cost or macs_cost(analysis))
@@ -133,12 +140,12 @@ class Importance:
                 result[analysis.atoms.literals(analysis.axes(place.operand)[place.dim])] += 1
         return np.maximum(result, 1)
 
-    def _scores(self, analysis: Analysis, groups: list[Group]) -> list[list[Scores]]:
+    def _scores(self, analysis: Analysis, groups: list[Group], program: Program) -> list[list[Scores]]:
         """For each group, what the criterion says at each of its places."""
         if not self.criterion.needs_data:
             return _of_weights(self.criterion, analysis, groups, np.random.default_rng(self.seed))
-        gates = find_gates(analysis, np.concatenate([g.literals for g in groups]))
-        program = _evaluating(analysis.program)
+        gates = find_gates(analysis, np.concatenate([g.literals for g in groups]), program)
+        program = _evaluating(program)
         measure = self._of_gradients if self.criterion.reads == "gradients" else self._of_gates
         return [measure(program, gates)] * len(groups)
 
@@ -279,8 +286,8 @@ def _divide_by_savings(scores: Vector, groups: list[Group], cost: Callable[[Vect
 
 def _by(statistic: Callable[[Vector], float]) -> Callable[[Vector], Vector]:
     def normalize(scores: Vector) -> Vector:
-        size = statistic(scores)
-        return scores / size if size > 0 else np.ones_like(scores)
+        size = statistic(np.abs(scores))
+        return scores / size if size > 0 else scores
 
     return normalize
 

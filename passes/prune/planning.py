@@ -99,7 +99,7 @@ def plan_pruning(
     else:
         groups = find_groups(analysis)
         _check_any(groups)
-        scores = criterion.of(analysis, groups, _COSTS.get(budget.name, macs_cost)(analysis))
+        scores = criterion.of(analysis, groups, _COSTS.get(budget.name, macs_cost)(analysis), program)
     judged = [g for g in groups if np.isfinite(scores[g.literals]).all()]
     choices = make_choices(analysis, judged, scores, budget.limits)
     request = ("" if kind == "channels" else f"kind={kind}, ") + f"{budget}, importance={importance}"

@@ -231,7 +231,7 @@ class OutputProbes:
         self._program = program
         self._signs = signs
         layout = BatchLayout(program)
-        self._axes = [layout.of(n) for n in program.output_nodes()]
+        self._axes = [layout.of(n.name) for n in program.output_nodes()]
         self._scales = [1.0] * len(self._axes)
 
     def __call__(self, batch: tuple[Any, ...]) -> tuple[Batch, Callable[[Any], list[torch.Tensor]]]:
