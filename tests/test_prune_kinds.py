@@ -224,6 +224,9 @@ def test_max_ratio_and_exclude_hold_for_weights(programs: dict[type[nn.Module], 
     plan = plan_pruning(program, kind="unstructured", ratio=0.5, max_ratio=0.6, exclude=["layers.0", "he*"])
     assert not [m.name for m in plan.masks if m.name.startswith(("layers.0.", "head"))]
     assert max(m.zeros / m.kept.size for m in plan.masks) <= 0.6
+    nothing = plan_pruning(program, kind="unstructured", threshold=1e-30)
+    assert nothing.zeros == 0
+    assert "no weight goes" in nothing.notes[0]
     everything = plan_pruning(program, kind="unstructured", threshold=1e3)
     assert all(m.zeros == m.kept.size - 1 for m in everything.masks)  # one weight of each stays
     with pytest.raises(PruningError, match="may go"):
@@ -487,6 +490,7 @@ BAD_OPTIONS = [
     ({"kind": "blocks", "ratio": 0.5, "importance": "bn-scale"}, "does not score blocks"),
     ({"kind": "blocks", "ratio": 0.5, "data": [torch.randn(4, 3, 8, 8)]}, "reads only weights"),
     ({"kind": "blocks", "macs": 0.0}, "macs is 0.0"),
+    ({"kind": "blocks", "ratio": 0.01}, "less than half a block"),
     ({"kind": "neurons", "ratio": 0.5, "pattern": "2:4"}, "pattern has no effect on kind=neurons"),
     ({"kind": "neurons", "ratio": 0.5, "threshold": 0.5}, "exactly one budget"),
     ({"kind": "neurons", "threshold": "much"}, "threshold is 'much'"),

@@ -90,7 +90,8 @@ def plan_unstructured(
         masks = smallest_share(scores, float(ratio or 0), max_ratio)
     amount = f"ratio={ratio:g}" if ratio is not None else f"threshold={threshold:g}"
     layer = ", scope=layer" if scope == "layer" else ""
-    return _sparse(program, masks, f"kind=unstructured, {amount}{layer}, importance={importance}", [])
+    notes = [] if any(m.zeros for m in masks) else [f"no weight goes: all are above what {amount} means"]
+    return _sparse(program, masks, f"kind=unstructured, {amount}{layer}, importance={importance}", notes)
 
 
 def _check_amounts(ratio: object, threshold: object, scope: object, max_ratio: object) -> None:
@@ -182,6 +183,9 @@ def plan_blocks(
     notes: list[str] = []
     if name == "ratio":
         chosen = order[: round(share * len(order))]
+        if not chosen:
+            hint = f"give at least {0.5 / len(order):.3g}, which is one"
+            raise OptionError(f"ratio={share:g} of {len(order)} blocks is less than half a block", hint=hint)
     else:
         chosen = _within(order, share * costs.of([])[name], name, costs)
         notes = _short_of(costs.of(chosen)[name] / costs.of([])[name], share, name)
@@ -247,7 +251,6 @@ def _without(
     program: Program, blocks: list[Block], chosen: list[Block], costs: BlockCosts, request: str, notes: list[str]
 ) -> PruningPlan:
     before, after = costs.of([]), costs.of(chosen)
-    inside_graph_order = tuple(b for b in blocks if b in chosen)
     return PruningPlan(
         removals=(),
         groups=(),
@@ -255,5 +258,5 @@ def _without(
         parameters=(before["params"], after["params"]),
         request=request,
         notes=tuple(notes),
-        blocks=inside_graph_order,
+        blocks=tuple(b for b in blocks if b in chosen),
     )
