@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -369,10 +370,10 @@ def test_the_int8_form_is_measured_as_such() -> None:
 
 def test_what_is_known_is_not_measured_again(tmp_path: Path) -> None:
     first = MeasuredLatencies(parse_pipeline(FLOAT), cache=tmp_path)
-    time = first.seconds("conv", lambda: convolution(16))
+    seconds = first.seconds("conv", lambda: convolution(16))
     first.save()
     second = MeasuredLatencies(parse_pipeline(FLOAT), cache=tmp_path)
-    assert second.seconds("conv", lambda: pytest.fail("built again")) == time
+    assert second.seconds("conv", lambda: pytest.fail("built again")) == seconds
     assert second.measured == 0
     other_form = MeasuredLatencies(parse_pipeline("cleanup"), cache=tmp_path)
     assert other_form.seconds("conv", lambda: convolution(16)) > 0
@@ -454,16 +455,16 @@ def plain(width: int = 64) -> nn.Module:
 @pytest.mark.slow
 @pytest.mark.parametrize("recipe", ["float", "int8"])
 def test_a_real_latency_is_met(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, recipe: str) -> None:
-    """Measured by the plan, and once more by sessions that it never saw. The bound is the sum of 5 % for the plan and
-    5 % for the noise of a busy machine between two measurements; benchmarks/pruning_latency.py shows what is reached."""
+    """Measured by the plan, and once more by sessions that it never saw; by processor time, since tests run on busy
+    machines. benchmarks/pruning_latency.py shows what the clock on the wall says."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     program = fxpress.capture(plain(), (torch.randn(2, 3, 32, 32),))
     clock = fxpress.op_latencies(recipe)
     plan = fxpress.plan_pruning(program, latency=0.6, latencies=clock)
     sessions = [make_session(clock.compiled(p)) for p in (plan.apply(program), program)]
     x = np.random.default_rng(0).standard_normal((1, 3, 32, 32)).astype("float32")
-    ratio = compare_latency(*sessions, (x,), seconds=2).ratio
-    assert ratio == pytest.approx(0.6, rel=0.1), plan.notes
+    ratio = compare_latency(*sessions, (x,), seconds=2, clock=time.thread_time).ratio
+    assert ratio == pytest.approx(0.6, rel=0.05), plan.notes
     assert any((tmp_path / "fxpress" / "latency").iterdir())
 
 

@@ -91,6 +91,18 @@ def test_a_global_ratio_counts_channels(program: fxpress.Program) -> None:
     assert len(shares) > 1  # unlike a ratio by layer, which takes the same from each
 
 
+def test_a_ratio_is_meant_of_dimensions(program: fxpress.Program) -> None:
+    """Heads and their features share what their product loses."""
+    after = plan_pruning(program, ratio=0.5).apply(program).state_dict()
+    assert after["stem.weight"].shape[0] == 24
+    assert after["proj.weight"].shape[1] == 3 * 11  # of 4 heads of 16 features: the root of a half of each
+
+
+def test_a_ratio_that_steps_do_not_allow_is_explained(program: fxpress.Program) -> None:
+    assert not plan_pruning(program, ratio=0.5).notes
+    assert "groups shrink in steps" in plan_pruning(program, ratio=0.3, round_to=32).notes[0]
+
+
 # -- layer by layer -----------------------------------------------------------------------------------------------
 
 
@@ -237,6 +249,7 @@ def test_choices_keep_what_limits_say(program: fxpress.Program) -> None:
         {"macs": 0.5, "ratios": ["left=0.5"]},
         {"macs": 0.5, "ratios": ["left:"]},
         {"macs": 0.5, "ratios": {"": 0.5}},
+        {"macs": 0.5, "ratios": {"left": 0.5}, "max_ratio": 0.4},
     ],
 )
 def test_wrong_options_are_errors_with_a_hint(program: fxpress.Program, options: dict[str, object]) -> None:
@@ -272,7 +285,7 @@ def test_the_text_form_round_trips() -> None:
 @settings(max_examples=30, deadline=None)
 @given(
     ratios=st.dictionaries(
-        st.text(st.sampled_from("abz019.*?[]-_"), min_size=1, max_size=8), st.floats(0, 0.99), max_size=3
+        st.text(st.sampled_from("abz019.*?[]-_:"), min_size=1, max_size=8), st.floats(0, 0.99), max_size=3
     ),
     budget=st.sampled_from(["macs", "params", "size", "latency"]),
     share=st.floats(0.01, 1),

@@ -68,6 +68,10 @@ class Budget:
                 raise OptionError(f"{option} is {value!r}", hint="give a positive whole number, such as 8")
         if max_ratio is not None and not (_is_number(max_ratio) and 0 < max_ratio < 1):
             raise OptionError(f"max_ratio is {max_ratio!r}", hint="give a share in (0, 1)")
+        beyond = [f"{glob}:{ratio:g}" for glob, ratio in fixed if max_ratio is not None and ratio > max_ratio]
+        if beyond:
+            message = f"ratios asks for {beyond[0]}, above max_ratio={max_ratio:g}"
+            raise OptionError(message, hint="change one of the two")
         name, share = given[0]
         limits = Limits(round_to or 1, max_ratio, min_channels or 1, fixed)
         return Budget(name, float(share), scope or ("layer" if name == "ratio" else "global"), limits)
@@ -141,7 +145,7 @@ def select(analysis: Analysis, choices: list[Choice], budget: Budget, cost: Cost
     if budget.name == "threshold":
         return Selection(select_threshold(analysis, choices, budget.share), 0.0)
     if budget.name == "ratio" and budget.scope == "layer":
-        return Selection(select_ratio(analysis, choices, budget.share), 0.0)
+        return select_ratio(analysis, choices, budget.share)
     share = 1 - budget.share if budget.name == "ratio" else budget.share
     name = "share of channels" if budget.name == "ratio" else budget.name
     if budget.scope == "layer":
@@ -156,12 +160,17 @@ def select_threshold(analysis: Analysis, choices: list[Choice], threshold: float
     return keep_mask(analysis, choices)
 
 
-def select_ratio(analysis: Analysis, choices: list[Choice], ratio: float) -> Vector:
-    """Remove the share `ratio` of every group."""
+def select_ratio(analysis: Analysis, choices: list[Choice], ratio: float) -> Selection:
+    """Remove the share `ratio` of every group; of groups that are multiplied with others, of their dimensions."""
     for choice in choices:
-        wanted = round(len(choice.order) * (1 - ratio))
-        choice.count = int(np.abs(choice.allowed - wanted).argmin())
-    return keep_mask(analysis, choices)
+        choice.set_nearest(choice.wanted(ratio))
+    free = [c for c in choices if not c.fixed]
+    size, kept, wanted = sum(len(c.order) for c in free), sum(c.kept for c in free), sum(c.wanted(ratio) for c in free)
+    notes = []
+    if abs(kept - wanted) > TOLERANCE * size:
+        notes.append(f"ratio={ratio:g} asks to keep {wanted:.0f} of {size} channels, {kept} are kept: groups shrink in "
+                     "steps, and within their limits")  # fmt: skip
+    return Selection(keep_mask(analysis, choices), 0.0, notes)
 
 
 def select_budget(

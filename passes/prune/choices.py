@@ -38,11 +38,20 @@ class Choice:
     importance: Vector  # in that order
     allowed: Vector  # counts, ascending
     count: int = 0  # index into allowed
+    factors: int = 1  # of how many groups a dimension is the product in which this one occurs, at most
+    fixed: bool = False  # by `ratios`
+
+    def wanted(self, ratio: float) -> float:
+        """How many to keep so that a dimension loses the share `ratio`, each of its factors alike."""
+        return len(self.order) * (1 - ratio) ** (1 / self.factors)
+
+    def set_nearest(self, wanted: float) -> None:
+        """Keep the allowed count nearest to `wanted`."""
+        self.count = int(np.abs(self.allowed - wanted).argmin())
 
     def set_threshold(self, threshold: float) -> None:
         """Keep what is at least as important, rounded to the nearest allowed count."""
-        wanted = int((self.importance >= threshold).sum())
-        self.count = int(np.abs(self.allowed - wanted).argmin())
+        self.set_nearest(int((self.importance >= threshold).sum()))
 
     @property
     def kept(self) -> int:
@@ -73,6 +82,7 @@ def make_choices(analysis: Analysis, groups: list[Group], scores: Vector, limits
     """
     protected = _protected(analysis, scores)
     least = _least_shares(analysis, limits)
+    factors = _factor_counts(analysis)
     ratios = match_ratios(groups, limits.ratios)
     choices = []
     for group, ratio in zip(groups, ratios):
@@ -81,10 +91,12 @@ def make_choices(analysis: Analysis, groups: list[Group], scores: Vector, limits
         share = float(least[literals].max())
         minimum = max(1, int(protected[literals].sum()), math.ceil(share * len(group) - 1e-9))
         allowed = allowed_counts(len(group), minimum, _step(analysis, group, limits.round_to))
-        if ratio is not None:
-            allowed = allowed[[np.abs(allowed - len(group) * (1 - ratio)).argmin()]]
         importance = np.where(protected[order], np.inf, scores[order])
-        choices.append(Choice(order, importance, allowed, len(allowed) - 1))
+        choice = Choice(order, importance, allowed, len(allowed) - 1, int(factors[literals].max()))
+        if ratio is not None:
+            choice.set_nearest(choice.wanted(ratio))
+            choice.allowed, choice.count, choice.fixed = allowed[[choice.count]], 0, True
+        choices.append(choice)
     return choices
 
 
@@ -147,6 +159,18 @@ def _least_shares(analysis: Analysis, limits: Limits) -> Vector:
         need = max(by_ratio, min(1, limits.min_channels / len(vector)))
         shares = np.tile(need ** (1 / np.maximum(free.sum(axis=0), 1)), (len(slots), 1))
         np.maximum.at(result, slots[free], shares[free])
+    return result
+
+
+def _factor_counts(analysis: Analysis) -> Vector:
+    """With how many free factors at most (itself included) each literal is multiplied in a parameter dimension."""
+    result = np.ones(analysis.atoms.count, dtype=np.int64)
+    for vector in _parameter_vectors(analysis):
+        slots = analysis.atoms.resolve(vector)
+        if len(slots) > 1:
+            free = ~analysis.atoms.pinned(slots)
+            counts = np.tile(free.sum(axis=0), (len(slots), 1))
+            np.maximum.at(result, slots[free], counts[free])
     return result
 
 

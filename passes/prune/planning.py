@@ -60,7 +60,8 @@ def plan_pruning(
     measured by `latencies`), the share that is kept, or `ratio`, the share that is removed (all in (0, 1); a share of 1
     keeps everything). `scope`: "global", all groups compete for the budget, or "layer", every layer (of a ratio: every
     group) meets it by itself; a ratio is meant by layer, anything else globally. `ratios`: shares to remove by glob of
-    layer names, {"layer1.*": 0.3}; the groups that run through those layers do not compete for the budget.
+    layer names, {"layer1.*": 0.3}; the groups that run through those layers do not compete for the budget. Of a
+    dimension that is a product, heads times features, each factor bears its part of a ratio.
     `importance`: the name of a criterion (`passes.prune.criteria`,
     docs/pruning.md): l1, l2, bn-scale, fpgm, lamp, random; with `data` wanda, reconstruction, compensated, taylor,
     hessian; or one of your own. `aggregate` (mean, sum, max, prod: over coupled layers) and `normalize` (mean, max,
