@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from .passes.prune.criteria import register_importance as register_importance
     from .passes.prune.plan import PruningPlan as PruningPlan
     from .passes.prune.recover import recover as recover
+    from .passes.prune.schedule import prune_and_recover as prune_and_recover
     from .runtime.artifact import Artifact as Artifact
     from .runtime.bundle import load as load
 
@@ -45,6 +46,7 @@ _LAZY = {
     "load": ".runtime.bundle",
     "op_latencies": ".api",
     "plan_pruning": ".api",
+    "prune_and_recover": ".passes.prune.schedule",
     "quantize": ".api",
     "recover": ".passes.prune.recover",
     "register_importance": ".passes.prune.criteria",

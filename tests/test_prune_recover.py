@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import functools
 import gc
-import weakref
 from collections.abc import Iterator
 
 import pytest
@@ -17,9 +17,12 @@ from fxpress.passes.base import Context
 from fxpress.passes.manager import run_passes
 from fxpress.passes.prune.least_squares import Moments, solve
 from fxpress.passes.prune.linear_layers import linear_layer
+from fxpress.passes.prune.pairing import pair_programs
 from fxpress.passes.prune.partial_run import PartialRun
 from fxpress.passes.prune.plan import PruningPlan
+from fxpress.passes.prune.reconstruct import reconstruct
 from fxpress.passes.prune.removals import Removal
+from fxpress.passes.prune.shuffle import flip_and_shift, shuffled
 from fxpress.passes.prune.targets import targets
 from fxpress.passes.verify import follow_weights, in_double, relative_difference
 from fxpress.runtime.session import make_session
@@ -318,27 +321,43 @@ def test_labels_are_ignored() -> None:
     assert all(torch.equal(a, b) for a, b in zip(plain.parameters(), labelled.parameters()))
 
 
-def test_memory_does_not_grow_with_the_data() -> None:
-    """While the data are read, neither batches nor activations of earlier batches are alive."""
+@pytest.mark.parametrize("cache_bytes", [0, 200_000])
+def test_memory_does_not_grow_with_the_data(cache_bytes: int) -> None:
+    """While the data are read, neither batches nor activations of earlier batches are alive, but for a bounded cache."""
     program = captured(Residual(), random_images(4))
     plan = fxpress.plan_pruning(program, ratio=0.4)
-    pruned = plan.apply(program)
-    sizes: dict[int, list[int]] = {}
+    sizes: dict[int, int] = {}
 
-    def batches(count: int) -> Iterator[torch.Tensor]:
-        alive: list[weakref.ref[torch.Tensor]] = []
-        for number in range(count):
-            batch = random_images(8, number)
-            assert sum(r() is not None for r in alive) <= 2
-            alive.append(weakref.ref(batch))
-            sizes.setdefault(count, []).append(
-                sum(o.nbytes for o in gc.get_objects() if type(o) in (torch.Tensor, nn.Parameter))
-            )
-            yield batch
+    class Data:
+        """Counts what is alive at the end of each sweep."""
 
-    for count in (6, 24):
-        fxpress.recover(pruned, lambda count=count: batches(count), reference=program, plan=plan)
-    assert max(sizes[24]) < 1.1 * max(sizes[6])
+        def __init__(self, count: int) -> None:
+            self.count = count
+
+        def __iter__(self) -> Iterator[tuple[torch.Tensor]]:
+            for number in range(self.count):
+                yield (random_images(8, number),)
+            alive = sum(o.nbytes for o in gc.get_objects() if type(o) in (torch.Tensor, nn.Parameter))
+            sizes[self.count] = max(sizes.get(self.count, 0), alive)
+
+    for count in (4, 16):
+        result = reconstruct(pair_programs(plan.apply(program), program, plan), Data(count), cache_bytes=cache_bytes)
+    assert result.sweeps == 4
+    activations = 8 * 16 * 12 * 12 * 4  # of one layer and batch
+    assert sizes[16] - sizes[4] < cache_bytes + activations
+
+
+def test_what_is_kept_between_sweeps_changes_nothing() -> None:
+    program = captured(Residual(), random_images(4))
+    plan = fxpress.plan_pruning(program, ratio=0.4)
+    data = [(b,) for b in random_images(60, 1).split(10)]
+    results = []
+    for cache_bytes in (0, 300_000, 2**29):  # nothing, some of the batches, all of them
+        pruned = plan.apply(program)
+        reconstruct(pair_programs(pruned, program, plan), data, cache_bytes=cache_bytes)
+        results.append(list(pruned.parameters()))
+    for other in results[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(results[0], other))
 
 
 def test_statistics_are_those_of_the_data() -> None:
@@ -439,6 +458,88 @@ def test_mistakes_are_named() -> None:
         fxpress.recover(pruned, data, reference=program, plan=plan, ridge=-1.0)
     with pytest.raises(OptionError):
         fxpress.recover(pruned, data, reference=program, plan=plan, method="batchnorm", ridge=0.1)
+    with pytest.raises(OptionError):
+        fxpress.recover(pruned, data, reference=program, plan=plan, augment="flip-shift")
+    with pytest.raises(OptionError):
+        fxpress.recover(pruned, data, reference=program, plan=plan, epochs=-1)
+    with pytest.raises(OptionError):
+        fxpress.prune_and_recover(program, data, macs=0.5, params=0.5)
+    with pytest.raises(OptionError):
+        fxpress.prune_and_recover(program, data, macs=0.5, steps=0)
+
+
+# -- training towards the reference, and steps ---------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("augment", ["none", "flip-shift"])
+def test_training_goes_on_where_least_squares_ends(augment: str) -> None:
+    program = captured(Residual(), random_images(4))
+    plan = fxpress.plan_pruning(program, ratio=0.4)
+    data, test = random_images(200, 1).split(64), random_images(50, 2)
+    solved, trained, again = (
+        fxpress.recover(plan.apply(program), data, reference=program, plan=plan, **options)
+        for options in ({}, *[{"epochs": 12, "learning_rate": 2e-3, "augment": augment}] * 2)
+    )
+    assert error_of(trained, program, test) < error_of(solved, program, test)
+    assert all(torch.equal(a, b) for a, b in zip(trained.parameters(), again.parameters()))
+    assert all(p.grad is None for p in trained.parameters())
+
+
+def test_training_that_does_harm_is_undone() -> None:
+    program = captured(Residual(), random_images(4))
+    plan = fxpress.plan_pruning(program, ratio=0.2)
+    data = random_images(40, 1).split(20)
+    solved, trained = (
+        fxpress.recover(plan.apply(program), data, reference=program, plan=plan, **options)
+        for options in ({}, {"epochs": 1, "learning_rate": 100.0})
+    )
+    assert all(torch.equal(a, b) for a, b in zip(trained.parameters(), solved.parameters()))
+    assert "stay as they were" in trained.log[-1].notes[-1]
+
+
+def test_shared_weights_are_trained() -> None:
+    program = captured(Tied(), torch.randn(4, 8))
+    plan = fxpress.plan_pruning(program, ratio=0.5)
+    x = torch.randn(200, 8, generator=torch.Generator().manual_seed(0))
+    solved, trained = (
+        fxpress.recover(plan.apply(program), x.split(50), reference=program, plan=plan, epochs=e) for e in (0, 10)
+    )
+    assert error_of(trained, program, x) < error_of(solved, program, x)
+
+
+def test_mini_batches_hold_each_example_once() -> None:
+    program = captured(Residual(), random_images(4))
+    x = torch.arange(50.0).view(50, 1, 1, 1).expand(50, 3, 12, 12)
+    for limit in (2**28, 3000):
+        generator = torch.Generator().manual_seed(0)
+        drawn = [b[0][:, 0, 0, 0] for b in shuffled(program, ((b,) for b in x.split(7)), 8, generator, limit)]
+        assert sorted(torch.cat(drawn).tolist()) == list(range(50))
+        assert torch.cat(drawn).tolist() != list(range(50))
+
+
+def test_images_are_mirrored_and_moved_each_in_its_own_way() -> None:
+    x = torch.arange(16.0).view(1, 1, 1, 16).expand(64, 2, 16, 16)
+    moved, labels = flip_and_shift((x, torch.arange(64)), torch.Generator().manual_seed(0))
+    assert moved.shape == x.shape
+    assert torch.equal(labels, torch.arange(64))
+    rows = moved[:, 0, 8]
+    steps = rows.diff(dim=1)
+    assert ((steps == 0) | (steps == 1)).all(1).logical_xor(((steps == 0) | (steps == -1)).all(1)).all()
+    assert {float(v) for v in rows[:, 8]} <= {float(v) for v in range(5, 11)}
+    assert len({tuple(r.tolist()) for r in rows}) > 4
+
+
+def test_steps_lead_to_the_budget_with_one_plan() -> None:
+    program = captured(Residual(), random_images(4))
+    data, test = random_images(200, 1).split(50), random_images(50, 2)
+    results = {n: fxpress.prune_and_recover(program, iter(data), macs=0.5, steps=n) for n in (1, 3)}
+    for recovered, plan in results.values():
+        assert 0.4 < plan.macs[1] / plan.macs[0] <= 0.5
+        assert [p.shape for p in plan.apply(program).parameters()] == [p.shape for p in recovered.parameters()]
+        assert error_of(recovered, program, test) < 0.5 * error_of(plan.apply(program), program, test)
+    choose = functools.partial(fxpress.plan_pruning, importance="l1")
+    _, plan = fxpress.prune_and_recover(program, data, params=0.6, steps=2, choose=choose, method="batchnorm")
+    assert 0.5 < plan.parameters[1] / plan.parameters[0] <= 0.6
 
 
 # -- the pass -------------------------------------------------------------------------------------------------------

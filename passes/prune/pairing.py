@@ -88,7 +88,7 @@ class Pair:
 
 def pair_programs(pruned: Program, reference: Program, plan: PruningPlan) -> Pair:
     """Check that `pruned` is what `plan` makes of `reference` (weights may differ). Raises PruningError."""
-    cut = plan._cut(reference.copy())
+    cut = plan.cut(reference)
     for name, parameter in pruned.named_parameters():
         axes = cut.analysis.tensors.get(name)
         if axes is None:

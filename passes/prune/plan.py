@@ -72,7 +72,7 @@ class PruningPlan:
         copy = program.copy()
         silence_blocks(copy, self.blocks)
         if self.removals:
-            mask_program(_transferred(self._cut(program.copy()), copy, self.blocks))
+            mask_program(_transferred(self.cut(program), copy, self.blocks))
         mask_weights(copy, self.masks)
         return copy
 
@@ -133,12 +133,13 @@ class PruningPlan:
         notes = [f"  note: {n}" for n in self.notes]
         return "\n".join([head, *(f"  {e}" for e in self.effects), *table, *notes])
 
-    def _cut(self, program: Program) -> Cut:
-        """Find the literals whose removal gives exactly the planned indices. Blocks are removed from `program` before,
-        in place: the sizes of layers around them may be independent without them."""
-        before = _names(program)
-        remove_blocks(program, self.blocks)
-        return self._fit(program, before - _names(program))
+    def cut(self, program: Program) -> Cut:
+        """Which positions of which tensors stay, by an analysis of a copy of `program` without the removed blocks: the
+        sizes of layers around them may be independent then. Raises PruningError where the plan does not fit."""
+        copy = program.copy()
+        before = _names(copy)
+        remove_blocks(copy, self.blocks)
+        return self._fit(copy, before - _names(copy))
 
     def _fit(self, program: Program, gone: set[str]) -> Cut:
         analysis = analyze(program)

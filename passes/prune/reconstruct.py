@@ -6,7 +6,8 @@ accelerating very deep neural networks"; the reference's clean output as target 
 asymmetric form of Zhang et al. 2015). Regressed is what is *missing*: with nothing missing, nothing changes.
 
 Layers of the same depth (no one reads another's output) share a sweep over the data; a sweep only runs the part of both
-networks that it needs. Moments are streamed, so memory does not grow with the number of samples.
+networks that it needs. Moments are streamed, so memory does not grow with the number of samples. Of layers that see
+very many positions of an example, some are enough.
 """
 
 from __future__ import annotations
@@ -23,10 +24,13 @@ from ..rewrite import argument, is_constant
 from .least_squares import Correction, Moments, solve
 from .linear_layers import LinearLayer, linear_layer
 from .pairing import Pair, shared_weights
-from .partial_run import PartialRun, ancestors, by_depth
+from .partial_run import Front, ancestors, by_depth
 from .targets import Target, norm_scale, targets
 
 Batch = tuple[torch.Tensor, ...]
+CACHE_BYTES = 2**29
+POSITIONS = 256  # of an example, in one layer
+_GOLDEN = (sqrt(5) - 1) / 2
 HELD_OUT = 5  # of so many examples one takes no part in the fit but judges it
 
 
@@ -43,24 +47,28 @@ def reconstruct(
     pair: Pair,
     batches: Iterable[Batch],
     ridge: float | None = None,
-    rounds: int = 1,
     progress: Callable[[int, int], None] | None = None,
+    cache_bytes: int = CACHE_BYTES,
 ) -> Reconstruction:
-    """Change the weights of `pair.pruned` in place. `batches` is read once for each depth and round."""
+    """Change the weights of `pair.pruned` in place. `batches` is read once for each depth.
+
+    Up to `cache_bytes`, values that later layers cannot change are kept from one sweep for the next.
+    """
     result = Reconstruction()
     stages = _stages(pair, _solvable(pair, result))
-    for number in range(rounds):
-        waiting = {layer.node for stage in stages for layer in stage} if number == 0 else set()
-        for stage in stages:
-            nodes = {layer.node for layer in stage}
-            jobs = [Job(pair, layer, t) for layer, t in _choose_targets(pair, stage, waiting | nodes)]
-            _sweep(jobs, batches, pair, ridge is None)
-            for job in jobs:
-                job.finish(ridge, result)
-            waiting -= nodes
-            result.sweeps += 1
-            if progress:
-                progress(result.sweeps, rounds * len(stages))
+    nodes = [layer.node for stage in stages for layer in stage]
+    waiting = set(nodes)
+    partners = [p for n in nodes if (p := pair.counterpart(n)) is not None]
+    fronts = Front(pair.pruned, nodes, cache_bytes // 2), Front(pair.reference, partners, cache_bytes // 2)
+    for number, stage in enumerate(stages):
+        jobs = [Job(pair, layer, t) for layer, t in _choose_targets(pair, stage, waiting)]
+        _sweep(number, jobs, batches, pair, fronts, ridge is None)
+        for job in jobs:
+            job.finish(ridge, result)
+        waiting -= {layer.node for layer in stage}
+        result.sweeps += 1
+        if progress:
+            progress(number + 1, len(stages))
     return result
 
 
@@ -124,6 +132,7 @@ class Job:
     def __init__(self, pair: Pair, layer: LinearLayer, target: Target) -> None:
         self.pair, self.layer, self.target = pair, layer, target
         self.matrix = layer.matrix(self._tensor(layer.weight))
+        self.seen = 0
         self.fit, self.held = (Moments(*self.matrix.shape) for _ in range(2))
 
     @property
@@ -136,7 +145,20 @@ class Job:
         residual = expected.double() - values[self.target.node].double()
         residual = self.target.take_back(self.pair.pruned, residual, values)
         rows, outputs = self.layer.rows(values[self.layer.source]), self.layer.outputs(residual)
+        some = self._some(rows.shape[1], len(residual))
+        if some is not None:
+            rows, outputs = rows[:, some], outputs[:, some]
         (self.held if held else self.fit).add(rows, outputs)
+
+    def _some(self, rows: int, examples: int) -> torch.Tensor | None:
+        """About POSITIONS of the rows of each example, the same however the data are batched; None for all."""
+        step = rows / max(examples, 1) / POSITIONS
+        start, self.seen = self.seen, self.seen + rows
+        if step <= 1:
+            return None
+        # Multiples of the golden ratio are spread evenly, and fit no grid.
+        place = torch.arange(start, start + rows, dtype=torch.float64) * _GOLDEN % 1
+        return torch.nonzero(place < 1 / step).flatten()
 
     def finish(self, ridge: float | None, result: Reconstruction) -> None:
         """Solve, and put the new weights in place."""
@@ -182,18 +204,21 @@ class Job:
 # -- sweeps -------------------------------------------------------------------------------------------------------
 
 
-def _sweep(jobs: list[Job], batches: Iterable[Batch], pair: Pair, hold_out: bool) -> None:
+def _sweep(
+    number: int, jobs: list[Job], batches: Iterable[Batch], pair: Pair, fronts: tuple[Front, Front], hold_out: bool
+) -> None:
     """One pass over the data for all jobs."""
-    nodes = {job.target.node: pair.counterpart(job.target.node) for job in jobs}
-    reference = PartialRun(pair.reference, [n for n in nodes.values() if n is not None])
-    pruned = PartialRun(pair.pruned, [n for job in jobs for n in job.wanted])
+    partners = {job.target.node: p for job in jobs if (p := pair.counterpart(job.target.node)) is not None}
+    pruned, reference = fronts
+    pruned.start(number, [n for job in jobs for n in job.wanted])
+    reference.start(number, partners.values())
+    parts = divided(pair.reference, batches) if hold_out else ((b, False) for b in batches)
     with torch.no_grad():
-        for batch, held in divided(pair.reference, batches) if hold_out else ((b, False) for b in batches):
-            expected, values = reference(batch), pruned(batch)
+        for index, (batch, held) in enumerate(parts):
+            values, expected = pruned(index, batch), reference(index, batch)
             for job in jobs:
-                node = nodes[job.target.node]
-                assert node is not None
-                job.observe(values, pair.kept(job.target.node, expected[node]), held)
+                node = job.target.node
+                job.observe(values, pair.kept(node, expected[partners[node]]), held)
 
 
 def divided(program: Program, batches: Iterable[Batch]) -> Iterator[tuple[Batch, bool]]:
