@@ -24,6 +24,7 @@ from torch.utils import _pytree as pytree
 
 from ..errors import CaptureError, DataError, first_line
 from .aliases import use_canonical_names
+from .composites import write_out_composites
 from .functionalize import functionalize
 from .program import Program, delete_attribute, describe_tensors
 
@@ -66,6 +67,7 @@ def program_from_exported(
         example_leaves = tuple(pytree.tree_leaves(exported.example_inputs))
     use_canonical_names(graph_module)
     functionalize(graph_module)
+    write_out_composites(graph_module)
     _drop_counters(graph_module)
     program = Program(graph_module, example_leaves, (), ())
     placeholders = program.tensor_placeholders()

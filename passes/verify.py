@@ -125,8 +125,20 @@ def in_double(program: Program) -> Program:
         if node.op == "call_function":
             node.args = pytree.tree_map(_widened, node.args)
             node.kwargs = pytree.tree_map(_widened, dict(node.kwargs))
+            if _is_created_in_float32(node):
+                node.kwargs = {**node.kwargs, "dtype": torch.float64}
     copy.graph_module.recompile()
     return copy
+
+
+def _is_created_in_float32(node: fx.Node) -> bool:
+    """Does a `zeros` or its kind take the default dtype?"""
+    schema = getattr(node.target, "_schema", None)
+    takes_dtype = schema is not None and any(a.name == "dtype" and a.kwarg_only for a in schema.arguments)
+    makes = not any(isinstance(n.meta.get("val"), torch.Tensor) for n in node.all_input_nodes)
+    value = node.meta.get("val")
+    is_float = isinstance(value, torch.Tensor) and value.dtype is torch.float32
+    return takes_dtype and makes and is_float and node.kwargs.get("dtype") is None
 
 
 def _widened(value: Any) -> Any:

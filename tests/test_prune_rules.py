@@ -727,6 +727,47 @@ def fold_back() -> Probe:
 
 
 @probe
+def weights_from_the_input() -> Probe:
+    """A convolution with as many groups as examples: what its rule cannot read stays, the rest is pruned."""
+
+    def forward(n: Net, x: torch.Tensor) -> torch.Tensor:
+        y, batch = n.a(x), x.shape[0]
+        weight = (n.r(y.mean((2, 3))).sigmoid() @ n.w).view(batch * 6, 12, 3, 3)
+        z = F.conv2d(y.reshape(1, batch * 12, 8, 8), weight, padding=1, groups=batch).view(batch, 6, 8, 8)
+        return n.d(F.relu(n.c(z)))
+
+    parts = {"a": conv(3, 12), "r": nn.Linear(12, 4), "c": conv(6, 16), "d": conv(16, 4)}
+    return Net(forward, **parts, w=nn.Parameter(torch.randn(4, 6 * 12 * 9))), IMAGE, ("c.weight[0]", "d.weight[1]")
+
+
+@probe
+def attention_weights_needed() -> Probe:
+    """nn.MultiheadAttention that returns its weights: batch and heads share a dimension."""
+    net = Net(lambda n, x: n.o(n.m(x, x, x)[0]), m=nn.MultiheadAttention(16, 4, batch_first=True), o=nn.Linear(16, 3))
+    return net, (2, 7, 16), ("m.in_proj_weight[0]", "m.out_proj.weight[0]", "m.out_proj.weight[1]", "o.weight[1]")
+
+
+@probe
+def sizes_that_are_equal_by_chance() -> Probe:
+    """Two heads at batch two: a dimension of heads is no dimension of examples, though both have size 2."""
+
+    def forward(n: Net, x: torch.Tensor) -> torch.Tensor:
+        y = n.a(x).view(-1, 5, 2, 8).permute(2, 0, 1, 3)  # heads, batch, tokens, features
+        return n.o(y.flatten(0, 1).relu().unflatten(0, (2, -1)).permute(1, 2, 0, 3).flatten(2))
+
+    return Net(forward, a=nn.Linear(6, 16), o=nn.Linear(16, 3)), (2, 5, 6), ("a.weight[0]", "o.weight[1]")
+
+
+@probe
+def similarity() -> Probe:
+    def forward(n: Net, x: torch.Tensor) -> torch.Tensor:
+        return n.o(F.cosine_similarity(n.a(x)[:, :, None], n.b(x)[:, None], dim=-1))
+
+    parts = {"a": nn.Linear(6, 16), "b": nn.Linear(6, 16), "o": nn.Linear(5, 3)}
+    return Net(forward, **parts), (2, 5, 6), ("a.weight[0]", "b.weight[0]")
+
+
+@probe
 def tokens_by_index() -> Probe:
     """gather of tokens by data, with the index expanded over the features."""
 

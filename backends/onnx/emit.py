@@ -124,6 +124,12 @@ class Emitter:
         operands = [i.value if isinstance(i, Operand) else i for i in inputs]
         while operands and operands[-1] is None:
             operands.pop()
+        for name, value in attributes.items():
+            if any(isinstance(v, torch.SymInt) for v in (value if isinstance(value, (list, tuple)) else [value])):
+                raise self.reject(
+                    f"{name} of {op_type} depends on the size of an input, and ONNX has it as a constant",
+                    hint="capture with dynamic_batch=False, which fixes the sizes",
+                )
         self.nodes.append(
             ir.Node(
                 "",

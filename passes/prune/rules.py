@@ -38,15 +38,22 @@ RULES: dict[str, Rule] = {
 
 
 def relate(analysis: Analysis, node: fx.Node) -> Value:
-    """The axes of what `node` gives, by its rule; pinned where there is none."""
-    return RULES.get(op_name(node), unknown)(analysis, node)
+    """The axes of what `node` gives, by its rule; pinned where there is none, or none that can read this call."""
+    rule = RULES.get(op_name(node))
+    if rule is None:
+        return unknown(analysis, node, f"no pruning rule for {op_name(node)}")
+    try:
+        return rule(analysis, node)
+    except (TypeError, ValueError, IndexError, KeyError, AssertionError) as error:
+        # A literal that is computed, a form that the rule does not know. Pinning outweighs what it did until then.
+        return unknown(analysis, node, f"the pruning rule for {op_name(node)} cannot read this call ({error!r:.60})")
 
 
-def unknown(analysis: Analysis, node: fx.Node) -> Value:
-    """No rule: nothing that goes in or comes out may change."""
+def unknown(analysis: Analysis, node: fx.Node, reason: str) -> Value:
+    """Nothing that goes in or comes out may change."""
     for used in node.all_input_nodes:
         for axes in flat_axes(analysis.values.get(used, ())):
-            analysis.pin(axes, node, f"no pruning rule for {op_name(node)}")
+            analysis.pin(axes, node, reason)
     analysis.costs(node)  # whatever it costs, pruning leaves that alone
     value = node.meta["val"]
     if isinstance(value, torch.Tensor):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 from torch import fx
 
 from ..rewrite import argument, is_constant
@@ -164,6 +165,21 @@ def bilinear(analysis: Analysis, node: fx.Node) -> Axes:
     return (*batch, weight[0])
 
 
+def cosine_similarity(analysis: Analysis, node: fx.Node) -> Axes:
+    """Zeros add nothing to a product or a norm."""
+    dim, shape = argument(node, "dim"), shape_of(node)
+    both = [analysis.need(node, n) for n in ("x1", "x2")]
+    sizes = torch.broadcast_shapes(*(tuple(map(len, axes)) for axes in both))
+    whole = broadcast(analysis, node, both, tuple(sizes))
+    for name, axes in zip(("x1", "x2"), both):
+        if len(axes) != len(whole):
+            raise ValueError("operands of different rank")
+        analysis.contract(node, name, dim % len(axes))
+    kept = tuple(v for i, v in enumerate(whole) if i != dim % len(whole))
+    assert tuple(map(len, kept)) == shape
+    return kept
+
+
 def grid_sample(analysis: Analysis, node: fx.Node) -> Axes:
     """Each channel is read at the same places [N, .., 2 or 3]."""
     x, grid = analysis.need(node, "input"), analysis.need(node, "grid")
@@ -212,6 +228,7 @@ LAYER_RULES = {
     **rows("embedding", embedding),
     **rows("outer ger", outer),
     **rows("bilinear", bilinear),
+    **rows("cosine_similarity", cosine_similarity),
     **rows("grid_sampler grid_sampler_2d grid_sampler_3d", grid_sample),
     **rows("scaled_dot_product_attention", attention),
 }

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import zlib
 from collections.abc import Iterator
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -10,7 +12,7 @@ import torch
 from torch import fx
 
 from ..rewrite import argument
-from .analysis import Analysis, op_name, rows, shape_of
+from .analysis import Analysis, concrete, op_name, rows, shape_of
 from .axes import Axes, Vector
 
 
@@ -23,15 +25,62 @@ def reshape(analysis: Analysis, node: fx.Node) -> Axes:
     if before.dtype != after.dtype or 0 in shape_of(source):
         analysis.pin(axes, node, f"{op_name(node)} reads the memory in another way")
         return analysis.fixed(node)
-    result: list[Vector] = []
-    for ins, outs in _blocks(shape_of(source), shape_of(node)):
-        merged = axes[ins]
-        sizes = shape_of(node)[outs]
-        if not _batch_is_outermost(before.shape[ins], after.shape[outs]):
+    ins = [part for vector, size in zip(axes, before.shape) for part in _cut(analysis, node, vector, _parts(size))]
+    outs = [_parts(size) for size in after.shape]
+    found = _matched(analysis, node, ins, [part for parts in outs for part in parts])
+    return tuple(analysis.atoms.merge(*(next(found) for _ in parts)) for parts in outs)
+
+
+@dataclass(frozen=True)
+class _Part:
+    """A factor of a dimension. `size` is that of the example; `label` stands for the true size, and differs between
+    sizes that only happen to be equal in the example."""
+
+    size: int
+    label: int
+    dynamic: bool
+
+
+def _parts(size: Any) -> list[_Part]:
+    """A dynamic size k * s is read as s times k: batch and heads in one dimension are still batch and heads."""
+    if isinstance(size, int):
+        return [_Part(size, size, False)]
+    expression = size.node.expr
+    label = int(expression.subs({s: _prime(str(s)) for s in expression.free_symbols}))
+    count = int(expression.as_coeff_Mul()[0]) if expression.as_coeff_Mul()[0].is_Integer else 1
+    if count > 1:
+        return [_Part(concrete(size) // count, label // count, True), _Part(count, count, False)]
+    return [_Part(concrete(size), label, True)]
+
+
+def _prime(symbol: str) -> int:
+    """A number for each symbol that no static size or product of sizes is likely to have."""
+    return _PRIMES[zlib.crc32(symbol.encode()) % len(_PRIMES)]
+
+
+_PRIMES = [1000003, 1000033, 1000037, 1000039, 1000081, 1000099, 1000117, 1000121, 1000133, 1000151, 1000159, 1000171]
+
+
+def _cut(analysis: Analysis, node: fx.Node, vector: Vector, parts: list[_Part]) -> list[tuple[_Part, Vector]]:
+    """An input dimension as its parts; the dynamic one has no positions of its own."""
+    if len(parts) == 1:
+        return [(parts[0], vector)]
+    outer, inner = analysis.atoms.split(vector, parts[0].size, parts[1].size)
+    analysis.pin(outer, node, f"{op_name(node)} of a dynamic dimension")
+    return [(parts[0], analysis.atoms.fixed(parts[0].size)), (parts[1], inner)]
+
+
+def _matched(
+    analysis: Analysis, node: fx.Node, ins: list[tuple[_Part, Vector]], outs: list[_Part]
+) -> Iterator[Vector]:
+    """The vectors of the output's parts."""
+    before, after = [p for p, _ in ins], outs
+    for these, those in _blocks([p.label for p in before], [p.label for p in after]):
+        merged = tuple(vector for _, vector in ins[these])
+        if not _batch_is_outermost(before[these], after[those]):
             analysis.pin(merged, node, f"{op_name(node)} mixes it with a dynamic dimension")
             merged = tuple(analysis.atoms.fixed(len(v)) for v in merged)
-        result += _regroup(analysis, merged, sizes)
-    return tuple(result)
+        yield from _regroup(analysis, merged, tuple(p.size for p in after[those]))
 
 
 def _regroup(analysis: Analysis, axes: Axes, sizes: tuple[int, ...]) -> list[Vector]:
@@ -48,7 +97,7 @@ def _regroup(analysis: Analysis, axes: Axes, sizes: tuple[int, ...]) -> list[Vec
     return [*result, rest] if sizes else []
 
 
-def _blocks(ins: tuple[int, ...], outs: tuple[int, ...]) -> Iterator[tuple[slice, slice]]:
+def _blocks(ins: list[int], outs: list[int]) -> Iterator[tuple[slice, slice]]:
     """The finest runs of input and output dimensions with equal numbers of elements."""
     i = j = 0
     while i < len(ins) or j < len(outs):
@@ -65,11 +114,11 @@ def _blocks(ins: tuple[int, ...], outs: tuple[int, ...]) -> Iterator[tuple[slice
         yield slice(first_i, i), slice(first_j, j)
 
 
-def _batch_is_outermost(ins: Any, outs: Any) -> bool:
+def _batch_is_outermost(ins: list[_Part], outs: list[_Part]) -> bool:
     """The regrouping read off at the example's batch holds at every batch if dynamic sizes come first in it."""
     if len(ins) == len(outs) == 1:
         return True
-    dynamic = [[not isinstance(n, int) for n in sizes if not isinstance(n, int) or n != 1] for sizes in (ins, outs)]
+    dynamic = [[p.dynamic for p in parts if p.dynamic or p.size != 1] for parts in (ins, outs)]
     return not any(any(flags[1:]) for flags in dynamic) and (not any(map(any, dynamic)) or all(map(any, dynamic)))
 
 
