@@ -84,7 +84,8 @@ class Cost:
         width = max((len(t.vectors) for t in terms), default=0)
         numbers = [[self._table.add(v) for v in t.vectors] for t in terms]
         # -1 is the 1 that `sizes` appends.
-        self._numbers = np.array([n + [-1] * (width - len(n)) for n in numbers], dtype=np.int64).reshape(len(terms), width)
+        padded = [n + [-1] * (width - len(n)) for n in numbers]
+        self._numbers = np.array(padded, dtype=np.int64).reshape(len(terms), width)
         self._constants = np.array([t.constant for t in terms])
         self.names = list(dict.fromkeys(t.owner for t in terms))
         index = {name: i for i, name in enumerate(self.names)}
