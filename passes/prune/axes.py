@@ -25,7 +25,7 @@ from torch import fx
 from ...frontend.program import source_of
 
 FIXED = 0
-_ROOM = 1 << 16  # atoms to begin with
+_ROOM = 1 << 18  # atoms to begin with: memory that is not touched costs nothing
 Vector = np.ndarray  # one atom per position of a dimension, int64
 Axes = tuple[Vector, ...]  # one vector per dimension of a tensor
 
@@ -113,10 +113,13 @@ class Atoms:
             self._parent[vector] = root
         return root
 
-    def resolve(self, vector: Vector) -> Vector:
-        """The literals of every position: an array [slots, positions] of leaf roots, filled up with FIXED."""
+    def resolve(self, vector: Vector, roots: bool = False) -> Vector:
+        """The literals of every position: an array [slots, positions] of leaf roots, filled up with FIXED.
+
+        `roots`: the vector came from `find`.
+        """
         if not self._products:
-            return self.find(vector)[None]
+            return (vector if roots else self.find(vector))[None]
         slots, stack = [], [vector]
         while stack:
             column = self.find(stack.pop())

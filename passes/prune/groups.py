@@ -12,6 +12,7 @@ import itertools
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -21,8 +22,7 @@ from .analysis import Analysis, flat_axes
 from .axes import Reason, Vector
 
 
-@dataclass(frozen=True, order=True)
-class Place:
+class Place(NamedTuple):
     """Dimension `dim` of the parameter or buffer `name`."""
 
     name: str
@@ -116,10 +116,11 @@ def _distinct_parts(analysis: Analysis, vectors: list[Vector]) -> tuple[list[Vec
     """The literals [slots, positions] of every distinct vector, and which of them each vector has."""
     if not vectors:
         return [], np.zeros(0, dtype=np.int64)
-    roots = np.split(analysis.atoms.find(np.concatenate(vectors)), np.cumsum([len(v) for v in vectors])[:-1])
+    roots = analysis.atoms.find(np.concatenate(vectors))
+    ends = list(itertools.accumulate(map(len, vectors), initial=0))
     known: dict[bytes, int] = {}
-    index = np.array([known.setdefault(piece.tobytes(), len(known)) for piece in roots])
-    return [analysis.atoms.resolve(np.frombuffer(piece, dtype=np.int64)) for piece in known], index
+    index = np.array([known.setdefault(roots[a:b].tobytes(), len(known)) for a, b in itertools.pairwise(ends)])
+    return [analysis.atoms.resolve(np.frombuffer(piece, dtype=np.int64), roots=True) for piece in known], index
 
 
 def _occurrences(analysis: Analysis, parts: list[Vector]) -> tuple[Vector, Vector, Vector]:
@@ -148,8 +149,11 @@ def _multiplied(analysis: Analysis, parts: list[Vector]) -> tuple[Vector, Vector
 def _mean_counts(part: Vector, group: Vector, counts: Vector, parts: int) -> list[list[tuple[int, float]]]:
     """For each part: its groups by number, and the mean count of each one's literals in it."""
     width = int(group.max()) + 1 if len(group) else 1
-    keys, index, sizes = np.unique(part * width + group, return_inverse=True, return_counts=True)
-    means = np.bincount(index.ravel(), weights=counts, minlength=len(keys)) / sizes
+    keys = part * width + group
+    starts = np.flatnonzero(np.append(True, keys[1:] != keys[:-1])[: len(keys)])  # runs: groups are mostly contiguous
+    sums, lengths = np.add.reduceat(counts, starts), np.diff(np.append(starts, len(keys)))
+    keys, index = np.unique(keys[starts], return_inverse=True)
+    means = np.bincount(index.ravel(), sums) / np.bincount(index.ravel(), lengths)
     result: list[list[tuple[int, float]]] = [[] for _ in range(parts)]
     for key, mean in zip(keys.tolist(), means.tolist()):
         result[key // width].append((key % width, mean))

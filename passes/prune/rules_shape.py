@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -45,12 +46,18 @@ def _parts(size: Any) -> list[_Part]:
     """A dynamic size k * s is read as s times k: batch and heads in one dimension are still batch and heads."""
     if isinstance(size, int):
         return [_Part(size, size, False)]
-    expression = size.node.expr
-    label = int(expression.subs({s: _prime(str(s)) for s in expression.free_symbols}))
-    count = int(expression.as_coeff_Mul()[0]) if expression.as_coeff_Mul()[0].is_Integer else 1
+    label, count = _read(size.node.expr)
     if count > 1:
         return [_Part(concrete(size) // count, label // count, True), _Part(count, count, False)]
     return [_Part(concrete(size), label, True)]
+
+
+@functools.cache
+def _read(expression: Any) -> tuple[int, int]:
+    """Of a symbolic size: its label, and k where it is k * s."""
+    label = int(expression.subs({s: _prime(str(s)) for s in expression.free_symbols}))
+    count = expression.as_coeff_Mul()[0]
+    return label, int(count) if count.is_Integer else 1
 
 
 def _prime(symbol: str) -> int:
