@@ -1,9 +1,10 @@
 """How long dependency analysis takes: `python benchmarks/analysis_speed.py [--repeats 5] [--json FILE]`
 
-1. Beside Torch-Pruning's DependencyGraph for the same model in the same process, interleaved, medians. Ours is
-   `analyze` + `find_groups` on a captured program; theirs `DependencyGraph().build_dependency` on the module. Capture
-   (torch.export, needed once for everything that fxpress does) is timed apart, and so is the first call of each.
-2. Against depth: chains of residual blocks, milliseconds per node. Linear growth means that they stay the same.
+1. Beside Torch-Pruning for the same model in the same process, interleaved, medians: our `analyze` of a captured
+   program and their `DependencyGraph().build_dependency`, then both with the groups that follow from it (`find_groups`,
+   `get_all_groups`). Theirs runs the model once: with the two pictures that ours was captured with, and with a single
+   one. Capture (torch.export, needed once for everything that fxpress does) is timed apart, and so is our first call.
+2. Against depth: chains of residual blocks, microseconds per node. Linear growth means that they stay the same.
 
 Needs the extra `bench`.
 """
@@ -30,7 +31,7 @@ import fxpress
 from fxpress.passes.prune.groups import find_groups
 from fxpress.passes.prune.rules import analyze
 
-MODELS = ("torchvision:resnet50", "torchvision:vit_b_16", "torchvision:densenet121")
+MODELS = ("resnet50", "vit_b_16", "densenet121")
 DEPTHS = (50, 100, 200, 400)
 Row = dict[str, Any]
 
@@ -48,19 +49,33 @@ def ours(program: fxpress.Program) -> None:
 
 
 def compare(name: str, repeats: int) -> Row:
-    """One model, both tools."""
+    """One model, both tools, on the picture size of ImageNet."""
     import torch_pruning
 
-    module, args, _ = zoo_models.load(name)
+    module, _, _ = zoo_models.load(f"torchvision:{name}")
+    two, one = ((torch.randn(n, 3, 224, 224),) for n in (2, 1))
     start = time.perf_counter()
-    program = fxpress.capture(module, args)
+    program = fxpress.capture(module, two)
     capture = time.perf_counter() - start
-    theirs: Callable[[], object] = lambda: torch_pruning.DependencyGraph().build_dependency(module, args)  # noqa: E731
-    times = [(timed(lambda: ours(program)), timed(theirs)) for _ in range(repeats + 1)]
-    mine, other = (median(t[i] for t in times[1:]) for i in (0, 1))
-    row: Row = {"model": name, "nodes": len(program.graph.nodes), "capture_s": capture}
-    row |= {"first_ms": times[0][0], "fxpress_ms": mine, "torch_pruning_ms": other, "ratio": other / mine}
-    return row
+
+    def theirs(args: tuple[torch.Tensor, ...], groups: bool = False) -> None:
+        graph = torch_pruning.DependencyGraph().build_dependency(module, args)
+        if groups:
+            list(graph.get_all_groups(root_module_types=[nn.modules.conv._ConvNd, nn.Linear]))
+
+    calls: dict[str, Callable[[], object]] = {
+        "analyze_ms": lambda: analyze(program),
+        "torch_pruning_ms": lambda: theirs(two),
+        "torch_pruning_one_ms": lambda: theirs(one),
+        "groups_ms": lambda: ours(program),
+        "torch_pruning_groups_ms": lambda: theirs(two, groups=True),
+    }
+    times = [{name: timed(call) for name, call in calls.items()} for _ in range(repeats + 1)]
+    row: Row = {"model": name, "nodes": len(program.graph.nodes), "capture_s": capture, "first_ms": times[0]["analyze_ms"]}
+    row |= {key: median(t[key] for t in times[1:]) for key in calls}
+    row |= {"ratio": row["torch_pruning_ms"] / row["analyze_ms"]}
+    row |= {"ratio_one": row["torch_pruning_one_ms"] / row["analyze_ms"]}
+    return row | {"ratio_groups": row["torch_pruning_groups_ms"] / row["groups_ms"]}
 
 
 class Block(nn.Module):
@@ -99,12 +114,16 @@ def main() -> None:
     warnings.simplefilter("ignore")
     torch.set_num_threads(1)
     rows = []
-    print(f"{'model':28} {'nodes':>6} {'capture s':>10} {'first ms':>9} {'ours ms':>9} {'theirs ms':>10} {'ratio':>6}")
+    columns = {
+        "nodes": "nodes", "capture_s": "capture s", "first_ms": "first ms", "analyze_ms": "ours ms",
+        "torch_pruning_ms": "theirs", "ratio": "ratio", "torch_pruning_one_ms": "theirs, 1", "ratio_one": "ratio",
+        "groups_ms": "groups ms", "torch_pruning_groups_ms": "theirs", "ratio_groups": "ratio",
+    }  # fmt: skip
+    print(f"{'model':14}" + "".join(f"{title:>10}" for title in columns.values()))
     for name in MODELS:
         r = compare(name, arguments.repeats)
         rows.append(r)
-        numbers = f"{r['capture_s']:>10.1f} {r['first_ms']:>9.1f} {r['fxpress_ms']:>9.1f} {r['torch_pruning_ms']:>10.1f}"
-        print(f"{name:28} {r['nodes']:>6} {numbers} {r['ratio']:>6.1f}", flush=True)
+        print(f"{name:14}" + "".join(f"{r[c]:>10.1f}" for c in columns), flush=True)
     print(f"{'depth':28} {'nodes':>6} {'ms':>9} {'us a node':>10}")
     for depth in DEPTHS:
         r = grow(depth, arguments.repeats)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable, Collection, Iterator
 from typing import Any
 
@@ -31,7 +30,7 @@ def argument(node: fx.Node, name: str) -> Any:
 
     Raises KeyError for a name that the op's schema does not have.
     """
-    position, default = _signature(node.target)[name]
+    position, default = signature(node.target)[name]
     if name in node.kwargs:
         return node.kwargs[name]
     return node.args[position] if position < len(node.args) else default
@@ -39,13 +38,19 @@ def argument(node: fx.Node, name: str) -> Any:
 
 def argument_names(node: fx.Node) -> Collection[str]:
     """The names of an op's arguments, in order."""
-    return _signature(node.target)
+    return signature(node.target)
 
 
-@functools.cache
-def _signature(op: Any) -> dict[str, tuple[int, Any]]:
-    """Name -> position and default. Reading a schema is slow, and every rule asks for arguments by name."""
-    return {a.name: (i, a.default_value) for i, a in enumerate(op._schema.arguments)}
+def signature(op: Any) -> dict[str, tuple[int, Any]]:
+    """Name -> position and default. Reading a schema is slow, hashing an op is too, and every rule asks by name."""
+    known = _SIGNATURES.get(id(op))
+    if known is None or known[0] is not op:
+        known = op, {a.name: (i, a.default_value) for i, a in enumerate(op._schema.arguments)}
+        _SIGNATURES[id(op)] = known
+    return known[1]
+
+
+_SIGNATURES: dict[int, tuple[Any, dict[str, tuple[int, Any]]]] = {}  # a cache, by identity
 
 
 def set_argument(node: fx.Node, name: str, value: Any) -> None:

@@ -11,6 +11,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+import numpy as np
 import torch
 from torch import fx
 
@@ -101,7 +102,7 @@ class Analysis:
     def of(self, node: fx.Node, name: str) -> Axes | None:
         """The axes of an argument of `node` by its schema name; None when it is no tensor."""
         value = argument(node, name)
-        return self.axes(value) if isinstance(value, fx.Node) and value in self.values else None
+        return self.values.get(value) if isinstance(value, fx.Node) else None  # type: ignore[return-value]
 
     def need(self, node: fx.Node, name: str) -> Axes:
         """As `of`, for an argument that the op requires."""
@@ -119,8 +120,9 @@ class Analysis:
 
     def pin(self, axes: Vector | Axes, node: fx.Node, text: str) -> None:
         """These dimensions keep all their positions, because of `node`."""
-        for vector in axes if isinstance(axes, tuple) else (axes,):
-            self.atoms.pin(vector, Reason(text, node))
+        moving = [v for v in axes if v.any()] if isinstance(axes, tuple) else [axes]
+        if moving:
+            self.atoms.pin(np.concatenate(moving) if len(moving) > 1 else moving[0], Reason(text, node))
 
     def contract(self, node: fx.Node, name: str, dim: int, position: int | None = None) -> None:
         """`node` sums over dimension `dim` of its argument `name` (of the tensor at `position` of a list)."""

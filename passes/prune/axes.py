@@ -58,6 +58,8 @@ class Atoms:
         self._pin = np.zeros(_ROOM, dtype=np.int64)  # of a root: index into reasons, 0 when it may be removed
         self._marked = np.zeros(_ROOM, dtype=bool)  # has a pin, or is or belongs to a product
         self._products = False
+        self._adopted: dict[int, tuple[Vector, Vector]] = {}  # id -> the vector (kept, so that its id is), its like
+        self._ranges: dict[int, tuple[Vector, int, int]] = {}  # id -> the vector itself, its least and greatest atom
         self._fixed: dict[int, Vector] = {}
 
     # -- making vectors -----------------------------------------------------------------------------------------
@@ -186,10 +188,24 @@ class Atoms:
         stop = start + len(new)
         untouched = stop <= self.count and (self._parent[start:stop] == new).all()
         # FIXED needs a reason, a factor of a product may be one of `known`, and newer atoms may lead to `new`.
-        if not untouched or self._marked[start:stop].any() or not FIXED < known.min() <= known.max() < start:
+        if not untouched or self._marked[start:stop].any() or not self._lies_before(known, start):
             return False
         self._parent[start:stop] = known
+        self._adopted[id(new)] = new, known
         return True
+
+    def _lies_before(self, known: Vector, start: int) -> bool:
+        """Are all atoms older than `start`, and none FIXED? Asked of one vector for many others."""
+        if id(known) not in self._ranges:
+            self._ranges[id(known)] = known, int(known.min()), int(known.max())
+        _, least, greatest = self._ranges[id(known)]
+        return least != FIXED and greatest < start
+
+    def original(self, vector: Vector) -> Vector:
+        """The vector that this one was let be as a whole, or itself: equal vectors are mostly one."""
+        while (found := self._adopted.get(id(vector))) is not None:
+            vector = found[1]
+        return vector
 
     def _allocate(self, size: int) -> Vector:
         start, self.count = self.count, self.count + size

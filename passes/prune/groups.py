@@ -116,11 +116,14 @@ def _distinct_parts(analysis: Analysis, vectors: list[Vector]) -> tuple[list[Vec
     """The literals [slots, positions] of every distinct vector, and which of them each vector has."""
     if not vectors:
         return [], np.zeros(0, dtype=np.int64)
-    roots = analysis.atoms.find(np.concatenate(vectors))
-    ends = list(itertools.accumulate(map(len, vectors), initial=0))
+    originals = [analysis.atoms.original(v) for v in vectors]
+    distinct = list({id(v): v for v in originals}.values())
+    roots = analysis.atoms.find(np.concatenate(distinct))
+    ends = itertools.accumulate(map(len, distinct))
     known: dict[bytes, int] = {}
-    index = np.array([known.setdefault(roots[a:b].tobytes(), len(known)) for a, b in itertools.pairwise(ends)])
-    return [analysis.atoms.resolve(np.frombuffer(piece, dtype=np.int64), roots=True) for piece in known], index
+    number = {id(v): known.setdefault(roots[b - len(v) : b].tobytes(), len(known)) for v, b in zip(distinct, ends)}
+    parts = [analysis.atoms.resolve(np.frombuffer(piece, dtype=np.int64), roots=True) for piece in known]
+    return parts, np.array([number[id(v)] for v in originals])
 
 
 def _occurrences(analysis: Analysis, parts: list[Vector]) -> tuple[Vector, Vector, Vector]:

@@ -16,7 +16,7 @@ from torch import fx
 
 from ...frontend.cost import op_name
 from ...frontend.program import Program
-from ..rewrite import argument, aten, call_before, put_constant, replace
+from ..rewrite import argument, argument_names, aten, call_before, put_constant, replace
 from .analysis import Statistics, rows, sizes_of
 from .slicing import Cut, compensated_gain
 
@@ -66,7 +66,7 @@ class _Norm:
 
     def affine(self, x: fx.Node, channel: int | None) -> fx.Node:
         """x * weight + bias; along dimension `channel`, or along the last dimensions where it is None."""
-        names = [a.name for a in self.node.target._schema.arguments]  # type: ignore[union-attr]
+        names = argument_names(self.node)
         for name, target in (("weight", aten.mul.Tensor), ("bias", aten.add.Tensor)):
             given = argument(self.node, name) if name in names else None
             if given is not None and channel is not None:
@@ -132,7 +132,7 @@ def _variance(norm: _Norm) -> fx.Node:
 
 def correction(node: fx.Node) -> float:
     """What `var` or `std` subtracts from the count."""
-    names = [a.name for a in node.target._schema.arguments]  # type: ignore[union-attr]
+    names = argument_names(node)
     if "unbiased" in names:
         return float(argument(node, "unbiased"))
     given = argument(node, "correction")

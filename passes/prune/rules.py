@@ -75,7 +75,7 @@ def analyze(program: Program) -> Analysis:
     """
     analysis = Analysis(program)
     for node in program.graph.nodes:
-        if op_name(node).startswith("fxpress."):
+        if node.op == "call_function" and op_name(node).startswith("fxpress."):
             raise PruningError(
                 f"the program is quantized ({op_name(node)}), and pruning works on float weights",
                 where=source_of(node),
@@ -89,8 +89,9 @@ def analyze(program: Program) -> Analysis:
 def _visit(analysis: Analysis, node: fx.Node) -> None:
     """Give `node` its axes."""
     if node.op == "get_attr":
-        if _gives_tensors(node) or analysis.holds_tensor(str(node.target)):
-            analysis.values[node] = analysis.tensor_axes(str(node.target))
+        name = str(node.target)
+        if _gives_tensors(node) or analysis.holds_tensor(name):
+            analysis.values[node] = analysis.tensor_axes(name)
     elif node.op == "placeholder":
         if isinstance(node.meta.get("val"), torch.Tensor):
             # A dynamic dimension has no positions of its own: its size here is that of the example.

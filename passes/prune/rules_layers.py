@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import fx
 
-from ..rewrite import argument, is_constant
+from ..rewrite import argument, argument_names, is_constant
 from .analysis import Analysis, op_name, rows, shape_of
 from .axes import Axes
 from .rules_elementwise import broadcast
@@ -71,13 +71,13 @@ def linear(analysis: Analysis, node: fx.Node) -> Axes:
 
 def matmul(analysis: Analysis, node: fx.Node) -> Axes:
     """[..., n, k] x [..., k, m], either side possibly one-dimensional; batch dimensions are broadcast."""
-    names = [a.name for a in node.target._schema.arguments[:2]]  # type: ignore[union-attr]
+    names = list(argument_names(node))[:2]
     return _product(analysis, node, names[0], names[1])
 
 
 def add_matmul(analysis: Analysis, node: fx.Node) -> Axes:
     """`addmm` and `baddbmm`: input + a x b."""
-    names = [a.name for a in node.target._schema.arguments[:3]]  # type: ignore[union-attr]
+    names = list(argument_names(node))[:3]
     result = _product(analysis, node, names[1], names[2])
     return broadcast(analysis, node, [result, analysis.need(node, names[0])], shape_of(node))
 

@@ -9,18 +9,19 @@ import torch
 from torch import fx
 
 from ...frontend.program import get_attribute
-from ..rewrite import argument
+from ..rewrite import argument, argument_names
 from .analysis import Analysis, IndexMap, concrete, op_name, rows, shape_of
 from .axes import Axes, Vector
 
 
 def cat(analysis: Analysis, node: fx.Node) -> Axes:
     """The sum of axes along one dimension; the others are shared."""
-    parts = [analysis.axes(n) for n in node.args[0] if analysis.axes(n) != () and len(analysis.axes(n)[0])]  # type: ignore[union-attr]
+    every = [analysis.axes(n) for n in node.args[0]]  # type: ignore[union-attr]
+    parts = [axes for axes in every if axes and len(axes[0])]
     dim = argument(node, "dim") % len(parts[0])
     for axes in parts[1:]:
         for i, (mine, first) in enumerate(zip(axes, parts[0])):
-            if i != dim:
+            if i != dim and mine is not first:
                 analysis.same(first, mine, node)
     result = list(parts[0])
     result[dim] = np.concatenate([axes[dim] for axes in parts])
@@ -162,7 +163,7 @@ def gather(analysis: Analysis, node: fx.Node) -> Axes:
 def scatter(analysis: Analysis, node: fx.Node) -> Axes:
     """Values are written or added at positions along `dim`; `index_add` and friends have one vector of positions."""
     axes, dim = analysis.axes(node.args[0]), argument(node, "dim")
-    names = [a.name for a in node.target._schema.arguments]  # type: ignore[union-attr]
+    names = argument_names(node)
     for name in ("index", "src", "source"):
         other = analysis.of(node, name) if name in names else None
         if other is not None:

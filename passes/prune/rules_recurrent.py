@@ -14,7 +14,7 @@ import torch
 from torch import fx
 
 from ...frontend.cost import concrete, op_name
-from ..rewrite import argument
+from ..rewrite import argument, argument_names
 from .analysis import Analysis, rows, shape_of
 from .axes import Axes, Vector
 
@@ -46,7 +46,7 @@ class _Recurrent:
 
     def __init__(self, analysis: Analysis, node: fx.Node) -> None:
         self.analysis, self.node = analysis, node
-        self.names = [a.name for a in node.target._schema.arguments]  # type: ignore[union-attr]
+        self.names = argument_names(node)
         hx: Any = argument(node, "hx")
         self.states = list(hx) if isinstance(hx, (list, tuple)) else [hx]
         self.params: list[fx.Node] = list(argument(node, "params"))

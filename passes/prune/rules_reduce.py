@@ -6,7 +6,7 @@ from functools import partial
 
 from torch import fx
 
-from ..rewrite import argument
+from ..rewrite import argument, argument_names
 from .analysis import Analysis, Value, concrete, op_name, rows
 from .axes import Axes
 from .rules_elementwise import elementwise
@@ -15,7 +15,7 @@ from .rules_layers import slide
 
 def reduced_dims(node: fx.Node, rank: int) -> list[int]:
     """The dimensions that a reduction runs over, all where it names none."""
-    names = [a.name for a in node.target._schema.arguments]  # type: ignore[union-attr]
+    names = argument_names(node)
     given = argument(node, "dim") if "dim" in names else None
     dims = [given] if isinstance(given, int) else list(given or range(rank))
     return sorted(d % rank for d in dims) if rank else []
@@ -45,7 +45,7 @@ def variance(analysis: Analysis, node: fx.Node) -> Axes:
 
 def vector_norm(analysis: Analysis, node: fx.Node) -> Axes:
     """Zeros do not change a p-norm with finite p > 0."""
-    names = [a.name for a in node.target._schema.arguments]  # type: ignore[union-attr]
+    names = argument_names(node)
     order = argument(node, "ord" if "ord" in names else "p")
     neutral = order is None or (isinstance(order, (int, float)) and 0 < order < float("inf"))
     return reduce(analysis, node, neutral)
@@ -53,7 +53,7 @@ def vector_norm(analysis: Analysis, node: fx.Node) -> Axes:
 
 def without(analysis: Analysis, node: fx.Node, axes: Axes, dims: list[int]) -> Axes:
     """The axes that a reduction leaves, with 1 for the reduced ones where it keeps them."""
-    names = [a.name for a in node.target._schema.arguments]  # type: ignore[union-attr]
+    names = argument_names(node)
     if "keepdim" in names and argument(node, "keepdim"):
         return tuple(analysis.atoms.fixed(1) if i in dims else v for i, v in enumerate(axes))
     return tuple(v for i, v in enumerate(axes) if i not in dims)
@@ -70,7 +70,7 @@ def along(analysis: Analysis, node: fx.Node) -> Axes:
 
 def extreme(analysis: Analysis, node: fx.Node) -> Value:
     """`max` and `min`: of two tensors, over everything, or along `dim` with the positions."""
-    names = [a.name for a in node.target._schema.arguments]  # type: ignore[union-attr]
+    names = argument_names(node)
     if "other" in names:
         return elementwise(analysis, node)
     axes = reduce(analysis, node, neutral=False)
@@ -80,7 +80,7 @@ def extreme(analysis: Analysis, node: fx.Node) -> Value:
 def ordering(analysis: Analysis, node: fx.Node) -> Value:
     """`sort`, `topk` and friends: values and positions along a dimension whose positions all stay."""
     value = node.meta["val"]
-    names = [a.name for a in node.target._schema.arguments]  # type: ignore[union-attr]
+    names = argument_names(node)
     if "dim" not in names:
         return reduce(analysis, node, neutral=False)
     axes, dim = list(_first(analysis, node)[1]), argument(node, "dim")
@@ -108,7 +108,7 @@ def pooling_with_indices(analysis: Analysis, node: fx.Node, count: int) -> list[
 
 
 def _first(analysis: Analysis, node: fx.Node) -> tuple[str, Axes]:
-    name = node.target._schema.arguments[0].name  # type: ignore[union-attr]
+    name = next(iter(argument_names(node)))
     return name, analysis.need(node, name)
 
 

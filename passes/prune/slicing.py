@@ -18,7 +18,7 @@ from torch import fx
 from ...errors import PruningError
 from ...frontend.cost import concrete, op_name
 from ...frontend.program import get_attribute, set_attribute, source_of
-from ..rewrite import argument, aten, call_after, constant, put_constant, set_argument
+from ..rewrite import argument, argument_names, aten, call_after, constant, put_constant, set_argument
 from ..verify import refresh_values
 from .analysis import Analysis, flat_axes, rows
 from .axes import Axes, Vector
@@ -128,7 +128,7 @@ def _new_sizes(cut: Cut, literals: Any, axes: Axes) -> list[Any]:
 def _rewrite_sizes(cut: Cut, node: fx.Node) -> None:
     """view(x, sizes), expand(x, sizes), zeros(sizes): sizes of the output. For `reshape` they are called shape."""
     name = "shape" if op_name(node) == "aten.reshape" else "size"
-    names = [a.name for a in node.target._schema.arguments]  # type: ignore[union-attr]
+    names = argument_names(node)
     if name in names:
         set_argument(node, name, _new_sizes(cut, argument(node, name), _tensor_axes(cut, node)))
 
@@ -196,7 +196,7 @@ def _rewrite_pad(cut: Cut, node: fx.Node) -> None:
 def _rewrite_groups(cut: Cut, node: fx.Node) -> None:
     factor = cut.analysis.factors.get(node)
     if factor is not None:
-        names = [a.name for a in node.target._schema.arguments]  # type: ignore[union-attr]
+        names = argument_names(node)
         set_argument(node, "groups" if "groups" in names else "num_groups", cut.size(factor))
 
 
