@@ -83,7 +83,7 @@ def torch_pruned(name: str, share: float) -> fxpress.Program:
     """Torch-Pruning's global L2 pruning: the largest network within `share` of the MACs, found by bisection."""
     total = count_macs(fxpress.capture(make(name), (EXAMPLE,)))
     low, high, best = 0.0, 0.95, None
-    for _ in range(12):
+    for _ in range(9):
         middle = (low + high) / 2
         program = fxpress.capture(_torch_pruned_at(name, middle), (EXAMPLE,))
         if count_macs(program) <= share * total:
@@ -169,7 +169,7 @@ def table(rows: list[Row]) -> str:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--json", type=Path)
-    parser.add_argument("--epochs", type=int, default=30)
+    parser.add_argument("--epochs", type=int, default=40)
     parser.add_argument("--steps", type=int, default=1, help="prune and recover in so many steps")
     parser.add_argument("--float32", action="store_true", help="train without bfloat16")
     parser.add_argument("--networks", nargs="+", default=["resnet20", "resnet32"])

@@ -497,14 +497,27 @@ def test_training_that_does_harm_is_undone() -> None:
     assert "stay as they were" in trained.log[-1].notes[-1]
 
 
-def test_shared_weights_are_trained() -> None:
+@pytest.mark.parametrize("learning_rate", [3e-3, 3e-2])
+def test_training_never_makes_the_outputs_worse(learning_rate: float) -> None:
     program = captured(Tied(), torch.randn(4, 8))
     plan = fxpress.plan_pruning(program, ratio=0.5)
     x = torch.randn(200, 8, generator=torch.Generator().manual_seed(0))
     solved, trained = (
-        fxpress.recover(plan.apply(program), x.split(50), reference=program, plan=plan, epochs=e) for e in (0, 10)
+        fxpress.recover(plan.apply(program), x.split(50), reference=program, plan=plan, **options)
+        for options in ({}, {"epochs": 10, "learning_rate": learning_rate})
     )
-    assert error_of(trained, program, x) < error_of(solved, program, x)
+    assert error_of(trained, program, x) <= error_of(solved, program, x)
+
+
+def test_transformers_are_trained() -> None:
+    module, example = MODELS["transformer"]
+    program = captured(module, example)
+    plan = fxpress.plan_pruning(program, ratio=0.4)
+    data, test = data_like(example, 200, 1).split(50), data_like(example, 100, 2)
+    solved, trained = (
+        fxpress.recover(plan.apply(program), data, reference=program, plan=plan, epochs=e) for e in (0, 20)
+    )
+    assert error_of(trained, program, test) < 0.85 * error_of(solved, program, test)
 
 
 def test_mini_batches_hold_each_example_once() -> None:

@@ -49,13 +49,19 @@ def reconstruct(
     ridge: float | None = None,
     progress: Callable[[int, int], None] | None = None,
     cache_bytes: int = CACHE_BYTES,
+    last: bool = False,
 ) -> Reconstruction:
-    """Change the weights of `pair.pruned` in place. `batches` is read once for each depth.
+    """Change the weights of `pair.pruned` in place, with `last` only of the layers that give the outputs.
 
-    Up to `cache_bytes`, values that later layers cannot change are kept from one sweep for the next.
+    `batches` is read once for each depth. Up to `cache_bytes`, values that later layers
+    cannot change are kept from one sweep for the next.
     """
     result = Reconstruction()
-    stages = _stages(pair, _solvable(pair, result))
+    layers = _solvable(pair, result)
+    if last:
+        outputs = set(pair.pruned.output_nodes())
+        layers = [layer for layer in layers if targets(layer.node)[0].node in outputs]
+    stages = _stages(pair, layers)
     nodes = [layer.node for stage in stages for layer in stage]
     waiting = set(nodes)
     partners = [p for n in nodes if (p := pair.counterpart(n)) is not None]

@@ -28,7 +28,7 @@ Augmentation = Literal["none", "flip-shift"]
 Progress = Callable[[str, int, int | None], None]
 
 _METHODS = ("least-squares", "batchnorm", "none")
-_LEARNING_RATE = 1e-3
+_LEARNING_RATE = 3e-3
 _BATCH_SIZE = 50
 
 
@@ -58,7 +58,7 @@ def recover(
     fifth sample, held out from the fit.
 
     `epochs`: so many times over the data, all weights are then trained together to give what `reference` gives, at the
-    peak `learning_rate` (default 1e-3); `augment="flip-shift"` varies images, `bfloat16` computes layers in that type
+    peak `learning_rate` (default 3e-3); `augment="flip-shift"` varies images, `bfloat16` computes layers in that type
     (faster on some processors), `seed` draws order and augmentation.
 
     What was done and what was left alone, with the reason, is in the last entry of `log` of the result.
@@ -161,7 +161,7 @@ class Recover(Pass):
         )
         before, after = refine(pair, batches, schedule, _reporter(progress, "train"))
         kept = "" if after < before else "; no better, so the weights stay as they were"
-        return f"{self.epochs} epochs of training towards the original: loss {before:.4g} to {after:.4g}{kept}"
+        return f"{self.epochs} epochs of training: squared error of the outputs {before:.3g} to {after:.3g}{kept}"
 
 
 def _reporter(progress: Progress | None, what: str) -> Callable[[int, int], None] | None:
