@@ -25,10 +25,10 @@ if TYPE_CHECKING:
     from .passes.base import Pass as Pass
     from .passes.base import register_pass as register_pass
     from .passes.manager import run_passes as run_passes
-    from .passes.prune.criteria import register_importance as register_importance
+    from .passes.prune.importance.criteria import register_importance as register_importance
     from .passes.prune.plan import PruningPlan as PruningPlan
-    from .passes.prune.recover import recover as recover
-    from .passes.prune.schedule import prune_and_recover as prune_and_recover
+    from .passes.prune.recovery.recover import recover as recover
+    from .passes.prune.recovery.schedule import prune_and_recover as prune_and_recover
     from .runtime.artifact import Artifact as Artifact
     from .runtime.bundle import load as load
 
@@ -46,10 +46,10 @@ _LAZY = {
     "load": ".runtime.bundle",
     "op_latencies": ".api",
     "plan_pruning": ".api",
-    "prune_and_recover": ".passes.prune.schedule",
+    "prune_and_recover": ".passes.prune.recovery.schedule",
     "quantize": ".api",
-    "recover": ".passes.prune.recover",
-    "register_importance": ".passes.prune.criteria",
+    "recover": ".passes.prune.recovery.recover",
+    "register_importance": ".passes.prune.importance.criteria",
     "register_pass": ".passes.base",
     "run_passes": ".passes.manager",
     "to_onnx": ".api",

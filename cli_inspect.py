@@ -57,7 +57,7 @@ def inspect_model(
     from .passes.manager import run_passes
     from .passes.prune.describe import couplings
     from .passes.prune.groups import find_groups, find_pinned
-    from .passes.prune.rules import analyze
+    from .passes.prune.rules.table import analyze
 
     table = load_target(target)
     source = resolve_source(model, weights, seed=0)
@@ -137,8 +137,8 @@ def show_pinned(pinned: list[Pinned], everything: bool) -> None:
 def block_rows(program: Program) -> list[dict[str, Any]]:
     """Every residual block with what goes with it."""
     from .frontend.program import source_of
-    from .passes.prune.blocks import find_blocks
-    from .passes.prune.kinds import BlockCosts
+    from .passes.prune.kinds.blocks import find_blocks
+    from .passes.prune.kinds.plans import BlockCosts
 
     costs, nodes = BlockCosts(program), {n.name: n for n in program.graph.nodes}
     whole, rows = costs.of([]), []

@@ -35,7 +35,7 @@ from .passes.memory import peak_memory
 from .passes.pipeline import parse_pipeline, print_pipeline
 from .passes.prune.groups import find_pinned
 from .passes.prune.plan import PruningPlan
-from .passes.prune.rules import analyze
+from .passes.prune.rules.table import analyze
 from .passes.quantize.spec import Target
 from .runtime.artifact import Artifact
 from .runtime.benchmark import Timing, compare_latency

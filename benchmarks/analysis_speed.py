@@ -29,7 +29,7 @@ import zoo_models
 
 import fxpress
 from fxpress.passes.prune.groups import find_groups
-from fxpress.passes.prune.rules import analyze
+from fxpress.passes.prune.rules.table import analyze
 
 MODELS = ("resnet50", "vit_b_16", "densenet121")
 DEPTHS = (50, 100, 200, 400)

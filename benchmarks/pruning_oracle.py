@@ -24,7 +24,7 @@ from fxpress.frontend.cost import count_macs
 from fxpress.passes.prune.groups import coverage, find_groups, find_pinned
 from fxpress.passes.prune.masking import oracle_error
 from fxpress.passes.prune.planning import plan_pruning
-from fxpress.passes.prune.rules import analyze
+from fxpress.passes.prune.rules.table import analyze
 
 MODELS = [
     "cifar_resnet20",

@@ -31,7 +31,7 @@ import models
 
 import fxpress
 from fxpress.frontend.cost import count_macs
-from fxpress.passes.prune.reestimate import reestimate_statistics
+from fxpress.passes.prune.recovery.reestimate import reestimate_statistics
 
 DATA = Path(__file__).resolve().parents[2] / "shared" / "data"
 CUTS = (1.5, 2.1, 2.6)

@@ -43,7 +43,7 @@ def measure(name: str, ratio: float = 0.5) -> Row:
     import fxpress
     from fxpress.passes.prune.groups import coverage, find_groups, find_pinned
     from fxpress.passes.prune.masking import oracle_error
-    from fxpress.passes.prune.rules import analyze
+    from fxpress.passes.prune.rules.table import analyze
     from fxpress.passes.verify import relative_difference
     from fxpress.runtime.verify import check_parity
 

@@ -3,9 +3,9 @@
     python examples/custom_importance.py
     fxpress compile MODEL --plugin examples/custom_importance.py --prune macs=0.5,importance=entropy --data DATA -o OUT
 
-`reads` says what the function is shown (`fxpress.passes.prune.criteria` describes each), and it gives one score for
-each channel or position, larger for what matters more. Places, products (heads), residual streams, normalization and
-aggregation over coupled layers are not its business.
+`reads` says what the function is shown (`fxpress.passes.prune.importance.criteria` describes each), and it gives one
+score for each channel or position, larger for what matters more. Places, products (heads), residual streams,
+normalization and aggregation over coupled layers are not its business.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 import fxpress
-from fxpress.passes.prune.criteria import Moments, Slices
+from fxpress.passes.prune.importance.criteria import Moments, Slices
 
 
 @fxpress.register_importance("entropy")

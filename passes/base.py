@@ -27,7 +27,7 @@ from ..errors import PipelineError
 from ..frontend.program import Program
 
 if TYPE_CHECKING:
-    from .prune.measuring import OpLatencies
+    from .prune.budgets.measuring import OpLatencies
     from .quantize.spec import Target
 
 VALUES = "values"

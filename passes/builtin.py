@@ -12,7 +12,7 @@ MODULES = (
     "fuse_batchnorm",
     "canonicalize",
     "prune.passes",
-    "prune.recover",
+    "prune.recovery.recover",
     "quantize.passes",
 )
 ENTRY_POINTS = "fxpress.passes"

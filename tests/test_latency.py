@@ -23,8 +23,7 @@ from fxpress.frontend.program import Program
 from fxpress.passes.base import Context
 from fxpress.passes.manager import run_passes
 from fxpress.passes.pipeline import parse_pipeline
-from fxpress.passes.prune.groups import find_groups
-from fxpress.passes.prune.latency import (
+from fxpress.passes.prune.budgets.latency import (
     Grid,
     LatencyCost,
     UnitModel,
@@ -33,9 +32,10 @@ from fxpress.passes.prune.latency import (
     next_share,
     table_levels,
 )
+from fxpress.passes.prune.budgets.units import RENAMING, at_batch_one, constant_nodes, extract, find_units
+from fxpress.passes.prune.groups import find_groups
 from fxpress.passes.prune.planning import _plan, plan_pruning
-from fxpress.passes.prune.rules import analyze
-from fxpress.passes.prune.units import RENAMING, at_batch_one, constant_nodes, extract, find_units
+from fxpress.passes.prune.rules.table import analyze
 from fxpress.runtime.benchmark import compare_latency
 from fxpress.runtime.latency import LatencyTable, MeasuredLatencies, cache_folder, kernel_seconds
 from fxpress.runtime.session import make_session

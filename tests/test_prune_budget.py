@@ -15,11 +15,11 @@ from fxpress.frontend.cost import cost_table, count_macs, parameter_bytes
 from fxpress.passes.base import Context
 from fxpress.passes.manager import run_passes
 from fxpress.passes.pipeline import parse_pipeline, print_pipeline
-from fxpress.passes.prune.choices import Limits, allowed_counts, granule, make_choices, match_ratios
+from fxpress.passes.prune.budgets.choices import Limits, allowed_counts, granule, make_choices, match_ratios
 from fxpress.passes.prune.groups import find_groups
 from fxpress.passes.prune.masking import oracle_error
 from fxpress.passes.prune.planning import plan_pruning
-from fxpress.passes.prune.rules import analyze
+from fxpress.passes.prune.rules.table import analyze
 from fxpress.recipe import prune_pass
 
 

@@ -11,7 +11,7 @@ import fxpress
 from fxpress import cli_inspect
 from fxpress.passes.prune.describe import Coupling, alike, couplings, pinned_alike
 from fxpress.passes.prune.groups import find_groups, find_pinned
-from fxpress.passes.prune.rules import analyze
+from fxpress.passes.prune.rules.table import analyze
 
 
 class Block(nn.Module):

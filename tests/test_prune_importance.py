@@ -19,12 +19,12 @@ from fxpress.errors import DataError, FxpressError, OptionError, PruningError
 from fxpress.frontend.sources import load_file
 from fxpress.passes.base import Context
 from fxpress.passes.manager import run_passes
-from fxpress.passes.prune import criteria as table
-from fxpress.passes.prune.criteria import Aggregate, Criterion, Normalize, criteria, register_importance
 from fxpress.passes.prune.groups import Group, find_groups
-from fxpress.passes.prune.importance import AGGREGATIONS, NORMALIZATIONS, Importance
+from fxpress.passes.prune.importance import criteria as table
+from fxpress.passes.prune.importance.criteria import Aggregate, Criterion, Normalize, criteria, register_importance
+from fxpress.passes.prune.importance.scores import AGGREGATIONS, NORMALIZATIONS, Importance
 from fxpress.passes.prune.masking import oracle_error
-from fxpress.passes.prune.rules import analyze
+from fxpress.passes.prune.rules.table import analyze
 
 WEIGHTS = [c.name for c in criteria().values() if not c.needs_data]
 DATA = [c.name for c in criteria().values() if c.needs_data]

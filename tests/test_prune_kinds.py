@@ -17,12 +17,12 @@ from fxpress.errors import DataError, FxpressError, OptionError, PruningError
 from fxpress.frontend.cost import count_macs
 from fxpress.passes.base import Context
 from fxpress.passes.manager import run_passes
-from fxpress.passes.prune.blocks import find_blocks
-from fxpress.passes.prune.kinds import BlockCosts
+from fxpress.passes.prune.kinds.blocks import find_blocks
+from fxpress.passes.prune.kinds.plans import BlockCosts
+from fxpress.passes.prune.kinds.weight_uses import weight_uses
 from fxpress.passes.prune.masking import oracle_error
 from fxpress.passes.prune.plan import PruningPlan
 from fxpress.passes.prune.planning import plan_pruning
-from fxpress.passes.prune.weight_uses import weight_uses
 from fxpress.passes.verify import relative_difference
 
 
@@ -415,7 +415,7 @@ def test_a_block_that_does_nothing_goes_first(importance: str) -> None:
 
 def test_importance_by_data_does_not_depend_on_batches(programs: dict[type[nn.Module], fxpress.Program]) -> None:
     from fxpress.frontend.batches import as_batches
-    from fxpress.passes.prune.block_importance import block_importances
+    from fxpress.passes.prune.kinds.block_importance import block_importances
 
     program = programs[Tokens]
     data, blocks = torch.cat(batches(Tokens)), find_blocks(program)
@@ -665,7 +665,7 @@ def test_zeros_survive_fusion_and_quantization(programs: dict[type[nn.Module], f
 
 
 def test_zeros_survive_recovery(programs: dict[type[nn.Module], fxpress.Program]) -> None:
-    from fxpress.passes.prune.recover import recover
+    from fxpress.passes.prune.recovery.recover import recover
 
     program = programs[ConvNet]
     plan = plan_pruning(program, macs=0.7)

@@ -18,12 +18,12 @@ from torch.nn import functional as F
 import fxpress
 from fxpress.errors import PruningError
 from fxpress.frontend.cost import count_macs
-from fxpress.passes.prune.blocks import Block, find_blocks
+from fxpress.passes.prune.kinds.blocks import Block, find_blocks
+from fxpress.passes.prune.kinds.sparsify import SparseMask
 from fxpress.passes.prune.masking import oracle_error
 from fxpress.passes.prune.plan import PruningPlan
 from fxpress.passes.prune.planning import plan_pruning
 from fxpress.passes.prune.removals import Removal, compose_removals
-from fxpress.passes.prune.sparsify import SparseMask
 
 
 class Residual(nn.Module):

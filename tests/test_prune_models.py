@@ -17,7 +17,7 @@ from fxpress.frontend.cost import count_macs
 from fxpress.passes.prune.groups import coverage, find_groups
 from fxpress.passes.prune.masking import oracle_error
 from fxpress.passes.prune.planning import plan_pruning
-from fxpress.passes.prune.rules import analyze
+from fxpress.passes.prune.rules.table import analyze
 from fxpress.passes.verify import relative_difference
 
 BENCHMARKS = Path(__file__).resolve().parents[1] / "benchmarks"

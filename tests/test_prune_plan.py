@@ -15,12 +15,12 @@ from fxpress.errors import FxpressError, OptionError, PruningError, Verification
 from fxpress.frontend.cost import count_macs
 from fxpress.passes.base import Context
 from fxpress.passes.manager import run_passes
-from fxpress.passes.prune.criteria import criteria
 from fxpress.passes.prune.groups import find_groups, find_pinned
+from fxpress.passes.prune.importance.criteria import criteria
 from fxpress.passes.prune.masking import oracle_error
 from fxpress.passes.prune.plan import PruningPlan
 from fxpress.passes.prune.planning import plan_pruning
-from fxpress.passes.prune.rules import analyze
+from fxpress.passes.prune.rules.table import analyze
 
 
 class Block(nn.Module):

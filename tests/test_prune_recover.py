@@ -15,15 +15,15 @@ import fxpress
 from fxpress.errors import DataError, OptionError, PruningError
 from fxpress.passes.base import Context
 from fxpress.passes.manager import run_passes
-from fxpress.passes.prune.least_squares import Moments, solve
-from fxpress.passes.prune.linear_layers import linear_layer
-from fxpress.passes.prune.pairing import pair_programs
-from fxpress.passes.prune.partial_run import PartialRun
 from fxpress.passes.prune.plan import PruningPlan
-from fxpress.passes.prune.reconstruct import reconstruct
+from fxpress.passes.prune.recovery.least_squares import Moments, solve
+from fxpress.passes.prune.recovery.linear_layers import linear_layer
+from fxpress.passes.prune.recovery.pairing import pair_programs
+from fxpress.passes.prune.recovery.partial_run import PartialRun
+from fxpress.passes.prune.recovery.reconstruct import reconstruct
+from fxpress.passes.prune.recovery.shuffle import flip_and_shift, shuffled
+from fxpress.passes.prune.recovery.targets import targets
 from fxpress.passes.prune.removals import Removal
-from fxpress.passes.prune.shuffle import flip_and_shift, shuffled
-from fxpress.passes.prune.targets import targets
 from fxpress.passes.verify import follow_weights, in_double, relative_difference
 from fxpress.runtime.session import make_session
 

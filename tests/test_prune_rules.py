@@ -20,7 +20,7 @@ from fxpress.passes.prune.groups import coverage
 from fxpress.passes.prune.masking import in_double, oracle_error
 from fxpress.passes.prune.plan import PruningPlan
 from fxpress.passes.prune.planning import plan_pruning
-from fxpress.passes.prune.rules import analyze
+from fxpress.passes.prune.rules.table import analyze
 from fxpress.passes.rewrite import argument
 from fxpress.passes.verify import relative_difference
 

@@ -14,7 +14,7 @@ from ...frontend.program import get_attribute
 from .analysis import Analysis, flat_axes
 from .axes import Vector
 from .groups import Group, Pinned, Place
-from .weight_uses import weight_uses
+from .kinds.weight_uses import weight_uses
 
 _DIGITS = re.compile(r"\d+")
 

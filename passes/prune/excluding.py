@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 
 from ...errors import OptionError
-from .choices import matches
+from .budgets.choices import matches
 
 
 def as_patterns(exclude: Iterable[str] | str) -> list[str]:

@@ -8,10 +8,10 @@ from typing import Any
 from ...errors import OptionError, VerificationError
 from ...frontend.program import Program
 from ..base import Change, Context, Pass, register_pass
-from .block_importance import DATA_IMPORTANCES
-from .budget import Scope
-from .criteria import Aggregate, Normalize, find_criterion
-from .kinds import Kind
+from .budgets.budget import Scope
+from .importance.criteria import Aggregate, Normalize, find_criterion
+from .kinds.block_importance import DATA_IMPORTANCES
+from .kinds.plans import Kind
 from .masking import oracle_error
 from .plan import PruningPlan
 from .planning import plan_pruning

@@ -16,12 +16,12 @@ from typing import Any
 
 from ...errors import OutputError, PruningError
 from ...frontend.program import Program
-from .blocks import Block, remove_blocks, silence_blocks
+from .kinds.blocks import Block, remove_blocks, silence_blocks
+from .kinds.sparsify import SparseMask, compose_masks, mask_weights, zero_weights
 from .masking import mask_program
 from .removals import GroupSummary, Removal, compose_groups, compose_removals, kept_atoms, without_parameters
-from .rules import analyze
+from .rules.table import analyze
 from .slicing import Cut, slice_program
-from .sparsify import SparseMask, compose_masks, mask_weights, zero_weights
 
 _FORMAT = "fxpress-pruning-plan"
 _VERSION = 2

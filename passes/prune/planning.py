@@ -11,20 +11,20 @@ from ...errors import OptionError, PruningError
 from ...frontend.program import Program
 from .analysis import Analysis
 from .axes import Reason, Vector
-from .budget import Budget, Ratios, Scope, Selection, select
-from .choices import Choice, make_choices, matches
-from .costs import channel_cost, macs_cost, parameter_cost, size_cost
-from .criteria import Aggregate, Normalize
+from .budgets.budget import Budget, Ratios, Scope, Selection, select
+from .budgets.choices import Choice, make_choices, matches
+from .budgets.costs import channel_cost, macs_cost, parameter_cost, size_cost
+from .budgets.latency import select_latency
+from .budgets.measuring import OpLatencies
+from .budgets.units import at_batch_one
 from .groups import Group, find_groups, places
-from .importance import Importance
-from .kinds import Kind, check_effects, given_options, plan_blocks, plan_n_of_m, plan_unstructured
-from .latency import select_latency
-from .measuring import OpLatencies
-from .neurons import unit_scores
+from .importance.criteria import Aggregate, Normalize
+from .importance.scores import Importance
+from .importance.sensitivity import Loss
+from .kinds.neurons import unit_scores
+from .kinds.plans import Kind, check_effects, given_options, plan_blocks, plan_n_of_m, plan_unstructured
 from .plan import GroupSummary, PruningPlan, Removal
-from .rules import analyze
-from .sensitivity import Loss
-from .units import at_batch_one
+from .rules.table import analyze
 
 _COSTS = {"macs": macs_cost, "params": parameter_cost, "size": size_cost}
 
@@ -62,7 +62,7 @@ def plan_pruning(
     group) meets it by itself; a ratio is meant by layer, anything else globally. `ratios`: shares to remove by glob of
     layer names, {"layer1.*": 0.3}; the groups that run through those layers do not compete for the budget. Of a
     dimension that is a product, heads times features, each factor bears its part of a ratio.
-    `importance`: the name of a criterion (`passes.prune.criteria`,
+    `importance`: the name of a criterion (`passes.prune.importance.criteria`,
     docs/pruning.md): l1, l2, bn-scale, fpgm, lamp, random; with `data` wanda, reconstruction, compensated, taylor,
     hessian; or one of your own. `aggregate` (mean, sum, max, prod: over coupled layers) and `normalize` (mean, max,
     sum, gaussian, lamp, none: within a layer; cost: by what a channel costs) replace what suits the criterion.

@@ -22,8 +22,8 @@ from ..rewrite import argument, argument_names, aten, call_after, constant, put_
 from ..verify import refresh_values
 from .analysis import Analysis, flat_axes, rows
 from .axes import Axes, Vector
-from .rules_reduce import reduced_dims
-from .rules_shape import squeezed_dims
+from .rules.reduce import reduced_dims
+from .rules.shape import squeezed_dims
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,1 @@
+"""What goes: criteria by weights, activations or gradients, and how coupled places agree."""

@@ -1,0 +1,1 @@
+"""Accuracy after pruning, without labels: statistics, least squares, training towards the original."""
