@@ -128,7 +128,7 @@ def measure(name: str, cut: float, epochs: int, steps: int, bfloat16: bool) -> R
     pruned = plan.apply(program)
     renormed = fxpress.recover(pruned, calibration, reference=program, plan=plan, method="batchnorm")
     clock.lap("batchnorm")
-    training = {"method": "none", "epochs": epochs, "augment": "flip-shift", "bfloat16": bfloat16}
+    training = {"method": "none", "epochs": epochs, "augment": "flip-shift-cutmix", "bfloat16": bfloat16}
     trained = fxpress.recover(solved, calibration, reference=program, plan=plan, **training)
     clock.lap("training")
     total = count_macs(program)
@@ -169,7 +169,7 @@ def table(rows: list[Row]) -> str:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--json", type=Path)
-    parser.add_argument("--epochs", type=int, default=40)
+    parser.add_argument("--epochs", type=int, default=60)
     parser.add_argument("--steps", type=int, default=1, help="prune and recover in so many steps")
     parser.add_argument("--float32", action="store_true", help="train without bfloat16")
     parser.add_argument("--networks", nargs="+", default=["resnet20", "resnet32"])

@@ -21,7 +21,7 @@ from fxpress.passes.prune.recovery.linear_layers import linear_layer
 from fxpress.passes.prune.recovery.pairing import pair_programs
 from fxpress.passes.prune.recovery.partial_run import PartialRun
 from fxpress.passes.prune.recovery.reconstruct import reconstruct
-from fxpress.passes.prune.recovery.shuffle import flip_and_shift, shuffled
+from fxpress.passes.prune.recovery.shuffle import cut_and_mix, flip_and_shift, shuffled
 from fxpress.passes.prune.recovery.targets import targets
 from fxpress.passes.prune.removals import Removal
 from fxpress.passes.verify import follow_weights, in_double, relative_difference
@@ -471,7 +471,7 @@ def test_mistakes_are_named() -> None:
 # -- training towards the reference, and steps ---------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("augment", ["none", "flip-shift"])
+@pytest.mark.parametrize("augment", ["none", "flip-shift", "flip-shift-cutmix"])
 def test_training_goes_on_where_least_squares_ends(augment: str) -> None:
     program = captured(Residual(), random_images(4))
     plan = fxpress.plan_pruning(program, ratio=0.4)
@@ -571,3 +571,18 @@ def test_the_pass_follows_prune() -> None:
         run_passes(program, "recover", Context(calibration=data))
     with pytest.raises(OptionError):
         run_passes(program, "prune{ratio=0.4},recover")
+
+
+def test_cutmix_pastes_rectangles_of_other_images() -> None:
+    """Constant images show where each pixel came from: every image has its own value, and at most one other in a box."""
+    x = torch.arange(64.0)[:, None, None, None].expand(64, 3, 16, 24).contiguous()
+    mixed, labels = cut_and_mix((x, torch.arange(64)), torch.Generator().manual_seed(0))
+    assert torch.equal(labels, torch.arange(64))
+    pasted = mixed != x
+    assert 0.3 < pasted.flatten(1).any(1).float().mean() < 0.7
+    for image, foreign in zip(mixed, pasted):
+        assert torch.equal(foreign[0], foreign[1])
+        assert len(image[foreign].unique()) <= 1
+        rows, columns = foreign[0].any(1), foreign[0].any(0)
+        assert torch.equal(foreign[0], rows[:, None] & columns[None])
+    assert 0.1 < pasted.float().mean() < 0.35

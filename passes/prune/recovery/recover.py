@@ -24,7 +24,7 @@ from .refine import Schedule, refine
 from .shuffle import AUGMENTATIONS
 
 Method = Literal["least-squares", "batchnorm", "none"]
-Augmentation = Literal["none", "flip-shift"]
+Augmentation = Literal["none", "flip-shift", "flip-shift-cutmix"]
 Progress = Callable[[str, int, int | None], None]
 
 _METHODS = ("least-squares", "batchnorm", "none")
@@ -58,8 +58,9 @@ def recover(
     fifth sample, held out from the fit.
 
     `epochs`: so many times over the data, all weights are then trained together to give what `reference` gives, at the
-    peak `learning_rate` (default 3e-3); `augment="flip-shift"` varies images, `bfloat16` computes layers in that type
-    (faster on some processors), `seed` draws order and augmentation.
+    peak `learning_rate` (default 3e-3). `augment` varies images: "flip-shift", or "flip-shift-cutmix", which pays with
+    more epochs (50 and up). `bfloat16` computes layers in that type (faster on some processors), `seed` draws order and
+    augmentation.
 
     What was done and what was left alone, with the reason, is in the last entry of `log` of the result.
     Raises PruningError (programs and plan do not belong together), DataError, OptionError.
@@ -84,7 +85,7 @@ class Recover(Pass):
     which its output is closest to that of the original, in order, each on the inputs that the recovered layers before
     it give; `method=batchnorm` computes only BatchNorm's statistics anew, `method=none` neither. `ridge` damps the
     least squares. With `epochs` all weights are then trained together to match the original, still without labels;
-    `learning_rate`, `augment` (none or flip-shift) and `bfloat16` say how.
+    `learning_rate`, `augment` (none, flip-shift, flip-shift-cutmix) and `bfloat16` say how.
     """
 
     method: Method = "least-squares"

@@ -65,4 +65,26 @@ def _moved(x: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
     return padded[torch.arange(count)[:, None, None], :, rows[:, :, None], columns[:, None, :]].movedim(3, 1)
 
 
-AUGMENTATIONS: dict[str, Augment] = {"none": lambda batch, generator: batch, "flip-shift": flip_and_shift}
+def cut_and_mix(batch: Batch, generator: torch.Generator) -> Batch:
+    """As `flip_and_shift`; then every second image, on average, gets a rectangle of another one (Yun et al. 2019,
+    "CutMix"). There are no labels to mix: the reference says what it sees in such an image (Beyer et al. 2022)."""
+    return tuple(_pasted(x, generator) if x.ndim == 4 else x for x in flip_and_shift(batch, generator))
+
+
+def _pasted(x: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
+    """A rectangle as wide and high as the image in proportion, of any share of its area, around any place in it."""
+    count, _, height, width = x.shape
+    side = torch.rand(count, 1, generator=generator).sqrt()
+    inside = []
+    for length in (height, width):
+        middle = torch.randint(length, (count, 1), generator=generator)
+        inside.append((torch.arange(length) - middle).abs() <= side * length / 2)
+    pasted = inside[0][:, :, None] & inside[1][:, None, :] & (torch.rand(count, 1, 1, generator=generator) < 0.5)
+    return torch.where(pasted[:, None].to(x.device), x[torch.randperm(count, generator=generator)], x)
+
+
+AUGMENTATIONS: dict[str, Augment] = {
+    "none": lambda batch, generator: batch,
+    "flip-shift": flip_and_shift,
+    "flip-shift-cutmix": cut_and_mix,
+}
