@@ -182,7 +182,7 @@ def _torchvision(name: str) -> Loaded:
         options["weights_backbone"] = None
     module = torchvision.models.get_model(name, weights=None, **options)
     if name in VIDEO:
-        size = 224 if name.startswith("mvit") else 112
+        size = 224 if name.startswith(("mvit", "s3d")) else 112
         return module, (torch.randn(2, 3, 16, size, size),), {}
     return module, (_picture(module, 3, 224, 224),), {}
 
