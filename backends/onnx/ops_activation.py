@@ -55,11 +55,6 @@ for _name, _op in _SAME.items():
     row(f"aten.{_name}.default")(_unary(_name, _op))
 
 
-@row("aten.special_expit.default")
-def expit(g: Emitter, x: Operand) -> ir.Value:
-    return g.op("Sigmoid", g.cast(x, g.result.dtype))
-
-
 @row("aten.round.default")
 def round_half_even(g: Emitter, x: Operand) -> ir.Value:
     """Round: half to even in both."""
