@@ -21,6 +21,7 @@ import models as own_models
 
 import fxpress
 from fxpress.frontend.cost import count_macs
+from fxpress.frontend.sources import declare_torchvision_operators
 from fxpress.passes.prune.groups import coverage, find_groups, find_pinned
 from fxpress.passes.prune.masking import oracle_error
 from fxpress.passes.prune.planning import plan_pruning
@@ -46,7 +47,7 @@ def build(name: str) -> torch.nn.Module:
     """One of our own models, or a torchvision or (`timm:NAME`) timm model without pretrained weights."""
     if name.startswith("cifar_"):
         return getattr(own_models, name)()
-    declare_vision_schemas()
+    _LIBRARIES.append(declare_torchvision_operators())
     if name.startswith("timm:"):
         import timm
 
@@ -57,18 +58,7 @@ def build(name: str) -> torch.nn.Module:
     return torchvision.models.get_model(name, weights=None, **options)
 
 
-_LIBRARIES: list[torch.library.Library] = []
-
-
-def declare_vision_schemas() -> None:
-    """torchvision's compiled ops do not load beside a CPU-only torch; importing it needs only their schemas."""
-    try:
-        torch.ops.torchvision.nms  # noqa: B018
-    except (AttributeError, RuntimeError):
-        library = torch.library.Library("torchvision", "FRAGMENT")
-        library.define("nms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
-        library.define("qnms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
-        _LIBRARIES.append(library)
+_LIBRARIES: list[object] = []
 
 
 def redraw(module: torch.nn.Module, seed: int = 0) -> None:

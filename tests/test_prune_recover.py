@@ -586,3 +586,24 @@ def test_cutmix_pastes_rectangles_of_other_images() -> None:
         rows, columns = foreign[0].any(1), foreign[0].any(0)
         assert torch.equal(foreign[0], rows[:, None] & columns[None])
     assert 0.1 < pasted.float().mean() < 0.35
+
+
+def test_operands_in_lists_are_losses_too() -> None:
+    """einsum and recurrent layers are given lists of tensors; what is summed over there is found all the same."""
+
+    class Net(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.into, self.rnn, self.out = nn.Linear(6, 16), nn.LSTM(16, 12, batch_first=True), nn.Linear(8, 4)
+            self.weight = nn.Parameter(torch.randn(12, 8) * 0.3)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.out(torch.einsum("btc,cd->btd", self.rnn(self.into(x))[0], self.weight))
+
+    torch.manual_seed(0)
+    program = fxpress.capture(Net().eval(), torch.randn(2, 5, 6))
+    plan = fxpress.plan_pruning(program, ratio=0.4)
+    data, test = torch.randn(200, 5, 6), torch.randn(50, 5, 6)
+    pruned = plan.apply(program)
+    recovered = fxpress.recover(pruned, data.split(50), reference=program, plan=plan)
+    assert error_of(recovered, program, test) < error_of(pruned, program, test)

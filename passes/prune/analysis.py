@@ -110,6 +110,10 @@ class Analysis:
         assert found is not None
         return found
 
+    def contracted(self, place: Contraction) -> Vector:
+        """The dimension that is summed over."""
+        return self.axes(place.operand)[place.dim]
+
     # -- what rules say -----------------------------------------------------------------------------------------
 
     def same(self, first: Vector, second: Vector, node: fx.Node, text: str | None = None) -> None:

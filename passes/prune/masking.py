@@ -21,7 +21,7 @@ from .slicing import Cut
 def mask_program(cut: Cut) -> int:
     """Insert the masks into the program of the cut's analysis, in place. Returns how many were needed."""
     analysis = cut.analysis
-    masks = [(c, cut.mask(analysis.axes(c.operand)[c.dim])) for c in analysis.contractions]
+    masks = [(c, cut.mask(analysis.contracted(c))) for c in analysis.contractions]
     needed = [(place, mask) for place, mask in masks if not mask.all()]
     for place, mask in needed:
         _mask_operand(analysis.program, place, torch.from_numpy(mask))

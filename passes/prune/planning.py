@@ -17,6 +17,7 @@ from .budgets.costs import channel_cost, macs_cost, parameter_cost, size_cost
 from .budgets.latency import select_latency
 from .budgets.measuring import OpLatencies
 from .budgets.units import at_batch_one
+from .excluding import as_patterns
 from .groups import Group, find_groups, places
 from .importance.criteria import Aggregate, Normalize
 from .importance.scores import Importance
@@ -94,7 +95,7 @@ def plan_pruning(
     _check_clock(budget, latencies)
     criterion = Importance.checked(importance, aggregate, normalize, data, loss, seed)
     analysis = analyze(at_batch_one(program) if latencies else program)
-    _pin_excluded(analysis, [exclude] if isinstance(exclude, str) else list(exclude))
+    _pin_excluded(analysis, as_patterns(exclude))
     if kind == "neurons":
         groups, scores = unit_scores(analysis, importance, relative=threshold is None)
     else:

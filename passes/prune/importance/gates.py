@@ -18,7 +18,7 @@ from torch import fx
 from ....frontend.batches import examples_in
 from ....frontend.cost import op_name
 from ....frontend.program import Program
-from ...rewrite import aten
+from ...rewrite import argument_names, aten
 from ..analysis import Analysis, Contraction
 from ..axes import Vector
 from .batch_layout import BatchAxis, BatchLayout, batch_symbol
@@ -72,7 +72,7 @@ def find_gates(analysis: Analysis, literals: Vector, program: Program) -> list[G
     gates: list[Gate] = []
     summed: set[tuple[fx.Node, bytes]] = set()  # by einsum, whose operands are multiplied: one gate for their sum
     for contraction in analysis.contractions:
-        vector = analysis.axes(contraction.operand)[contraction.dim]
+        vector = analysis.contracted(contraction)
         batches = layout.of(contraction.operand.name), layout.of(contraction.node.name)
         for slot in analysis.atoms.resolve(vector):
             found = np.unique(slot[wanted[slot]])
@@ -128,7 +128,7 @@ class Call:
 
     @property
     def _position(self) -> int:
-        return [a.name for a in self.node.target._schema.arguments].index(self.contraction.argument)  # type: ignore[union-attr]
+        return list(argument_names(self.node)).index(self.contraction.argument)
 
 
 def _attention_logits(query: torch.Tensor, key: torch.Tensor) -> torch.Tensor:

@@ -137,7 +137,7 @@ class Importance:
         result = np.zeros(analysis.atoms.count)
         if self.aggregate != "sum" and self.criterion.reads != "gradients":
             for place in analysis.contractions:
-                result[analysis.atoms.literals(analysis.axes(place.operand)[place.dim])] += 1
+                result[analysis.atoms.literals(analysis.contracted(place))] += 1
         return np.maximum(result, 1)
 
     def _scores(self, analysis: Analysis, groups: list[Group], program: Program) -> list[list[Scores]]:

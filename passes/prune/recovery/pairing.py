@@ -72,9 +72,7 @@ class Pair:
     def _losses(self) -> set[str]:
         """Names of nodes at which something is lost: a sum over removed positions, a weight with new zeros."""
         analysis = self.analysis
-        changed = {
-            p.node.name for p in analysis.contractions if self.cut.changed(analysis.need(p.node, p.argument)[p.dim])
-        }
+        changed = {p.node.name for p in analysis.contractions if self.cut.changed(analysis.contracted(p))}
         changed |= {s.node.name for s in analysis.statistics if any(self.cut.changed(s.axes[d]) for d in s.dims)}
         masked = {m.name for m in self.plan.masks}
         return changed | {n.name for n in self.pruned.graph.nodes if n.op == "get_attr" and n.target in masked}

@@ -55,17 +55,14 @@ def _parts(size: Any) -> list[_Part]:
 @functools.cache
 def _read(expression: Any) -> tuple[int, int]:
     """Of a symbolic size: its label, and k where it is k * s."""
-    label = int(expression.subs({s: _prime(str(s)) for s in expression.free_symbols}))
+    label = int(expression.subs({s: _label(str(s)) for s in expression.free_symbols}))
     count = expression.as_coeff_Mul()[0]
     return label, int(count) if count.is_Integer else 1
 
 
-def _prime(symbol: str) -> int:
-    """A number for each symbol that no static size or product of sizes is likely to have."""
-    return _PRIMES[zlib.crc32(symbol.encode()) % len(_PRIMES)]
-
-
-_PRIMES = [1000003, 1000033, 1000037, 1000039, 1000081, 1000099, 1000117, 1000121, 1000133, 1000151, 1000159, 1000171]
+def _label(symbol: str) -> int:
+    """A number for each symbol that no static size, product of sizes or other symbol is likely to have."""
+    return (1 << 32) + zlib.crc32(symbol.encode())
 
 
 def _cut(analysis: Analysis, node: fx.Node, vector: Vector, parts: list[_Part]) -> list[tuple[_Part, Vector]]:
