@@ -29,7 +29,7 @@ from fxpress.frontend.sources import load_source
 from fxpress.frontend.weights import load_weights
 from fxpress.passes.base import Context
 from fxpress.passes.manager import PassManager, run_passes
-from fxpress.passes.quantize.select import mean_sqnr
+from fxpress.passes.quantize.ranges.choose import mean_sqnr
 from fxpress.passes.quantize.spec import Target
 
 TARGET = load_target("ort-x86")

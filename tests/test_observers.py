@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fxpress.errors import OptionError, QuantizationError
-from fxpress.passes.quantize.observers import OBSERVERS, Histogram, make_observer
+from fxpress.passes.quantize.ranges.observers import OBSERVERS, Histogram, make_observer
 from fxpress.passes.quantize.spec import NumberFormat, choose_params
 
 U8 = NumberFormat(torch.uint8)

@@ -333,3 +333,32 @@ def test_nan_in_data_and_in_weights():
         dict(program.named_parameters())["wide.weight"][0] = float("nan")
     with pytest.raises(FxpressError, match="NaN"):
         quantized(program)
+
+
+# -- what a user keeps in float ---------------------------------------------------------------------------------------
+
+
+def float_layers(program: fxpress.Program) -> set[str]:
+    """The float parameters of at least two dims that are left: those of layers that stay in float."""
+    return {name for name, p in program.graph_module.named_parameters() if p.ndim >= 2}
+
+
+@pytest.mark.parametrize(
+    ("glob", "kept"),
+    [
+        ("wide", {"wide.weight"}),
+        ("conv2d", {"stem.0.weight"}),
+        ("wi*", {"wide.weight"}),
+        ("gate", {"gate.1.weight", "gate.3.weight"}),
+    ],
+)
+def test_keep_float_names_a_layer_a_node_or_a_module(glob, kept):
+    int8 = quantized(pipeline=f"quantize{{keep_float={glob}}}")
+    assert float_layers(int8) == kept
+    check = check_layers(int8, batches()[0])
+    assert check.kept
+
+
+def test_keep_float_that_names_nothing_is_refused():
+    with pytest.raises(fxpress.FxpressError, match="names no node"):
+        quantized(pipeline="quantize{keep_float=stam}")

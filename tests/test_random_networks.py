@@ -19,7 +19,7 @@ from fxpress.backends.targets import load_target
 from fxpress.passes.base import Context
 from fxpress.passes.manager import PassManager, run_passes
 from fxpress.passes.prune.masking import oracle_error
-from fxpress.passes.quantize.select import mean_sqnr
+from fxpress.passes.quantize.ranges.choose import mean_sqnr
 from fxpress.runtime.verify import check_layers, check_parity
 
 ACTIVATIONS = (nn.ReLU, nn.ReLU6, nn.SiLU, nn.Hardswish, nn.GELU, nn.Sigmoid, nn.LeakyReLU, nn.Tanh, nn.Identity)

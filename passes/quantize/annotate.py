@@ -12,17 +12,19 @@ The result is an `Annotation` on each node (`node.meta["quantize"]`). The rules:
 
 from __future__ import annotations
 
+import fnmatch
 import operator
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import fx
 
+from ...errors import OptionError, did_you_mean
 from ...frontend.program import Program, layer_name
 from ..rewrite import argument, aten, is_constant
 from .expand import expand_program
-from .spec import Row, Target
+from .spec import KEPT_FLOAT, Row, Target
 
 KEY = "quantize"
 ABSORBED = "quantize_absorbed"  # on an activation whose work the quantization after it does
@@ -45,8 +47,14 @@ def annotation(node: fx.Node) -> Annotation | None:
     return node.meta.get(KEY)
 
 
-def annotate_program(program: Program, target: Target) -> tuple[int, list[str]]:
-    """Annotate all nodes. Returns (number of integer nodes, reasons why layers stay in float)."""
+def annotate_program(program: Program, target: Target, keep_float: Sequence[str] = ()) -> tuple[int, list[str]]:
+    """Annotate all nodes; those that a glob of `keep_float` names stay in float (see `kept_float`).
+
+    Returns (number of integer nodes, reasons why layers stay in float).
+    Raises OptionError for a glob that names nothing.
+    """
+    for node in kept_float(program, keep_float):
+        node.meta[KEPT_FLOAT] = True
     expand_program(program, target)
     rows = _choose_rows(program, target)
     _demote_unread(program, target, rows)
@@ -58,8 +66,37 @@ def annotate_program(program: Program, target: Target) -> tuple[int, list[str]]:
 def clear_annotations(program: Program) -> None:
     """Forget what was decided."""
     for node in program.graph.nodes:
-        node.meta.pop(KEY, None)
-        node.meta.pop(ABSORBED, None)
+        for key in (KEY, ABSORBED, KEPT_FLOAT):
+            node.meta.pop(key, None)
+
+
+def kept_float(program: Program, globs: Sequence[str]) -> set[fx.Node]:
+    """The nodes that `globs` mean: of a node (`conv2d_3`), of a layer or a module with all that is in it
+    (`layer4.0.conv1`, `layer4`, `blocks.*.attn`).
+
+    Raises OptionError for a glob that names nothing.
+    """
+    kept: set[fx.Node] = set()
+    calls = [n for n in program.graph.nodes if n.op == "call_function"]
+    for glob in globs:
+        named = {n for n in calls if any(fnmatch.fnmatchcase(name, glob) for name in _names(n))}
+        if not named:
+            known = sorted({layer_name(n) for n in calls})
+            raise OptionError(
+                f"keep_float: {glob!r} names no node and no module of the program",
+                hint=did_you_mean(glob, known, "layers") if len(known) < 40 else "see `fxpress inspect` for the names",
+            )
+        kept |= named
+    return kept
+
+
+def _names(node: fx.Node) -> Iterator[str]:
+    """All names a node answers to: its own, its layer's, and those of the modules around it."""
+    yield node.name
+    path = layer_name(node)
+    while path:
+        yield path
+        path = path.rpartition(".")[0]
 
 
 # -- rules 1 to 3 --------------------------------------------------------------------------------------------------
@@ -72,7 +109,7 @@ def _choose_rows(program: Program, target: Target) -> dict[fx.Node, Row]:
     for node in program.graph.nodes:
         if node.op != "call_function":
             continue
-        row = target.row_for(node)
+        row = None if node.meta.get(KEPT_FLOAT) else target.row_for(node)
         if row is not None and row.kind != "float" and _applies(node, row, integer):
             rows[node] = row
             if not row.float_output:
@@ -83,7 +120,7 @@ def _choose_rows(program: Program, target: Target) -> dict[fx.Node, Row]:
 
 
 def _read_by_layers(program: Program, target: Target) -> set[fx.Node]:
-    calls = [n for n in program.graph.nodes if n.op == "call_function"]
+    calls = [n for n in program.graph.nodes if n.op == "call_function" and not n.meta.get(KEPT_FLOAT)]
     rows = [(n, target.row_for(n)) for n in calls]
     return {o for n, row in rows if row is not None and row.kind == "layer" for o in operands_of(n, row)}
 
@@ -173,7 +210,8 @@ def _float_layers(program: Program, target: Target, rows: dict[fx.Node, Row]) ->
     reasons = []
     for node in program.graph.nodes:
         if node.op == "call_function" and node not in rows and _has_weights(node):
-            reasons.append(f"{layer_name(node)} stays in float: {target.why_float(node)}")
+            why = "keep_float names it" if node.meta.get(KEPT_FLOAT) else target.why_float(node)
+            reasons.append(f"{layer_name(node)} stays in float: {why}")
     return reasons
 
 

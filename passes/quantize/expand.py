@@ -18,7 +18,7 @@ from torch import fx
 
 from ...frontend.program import Program
 from ..rewrite import argument, aten, call_before, constant, is_constant, is_op, put_constant, replace
-from .spec import Target
+from .spec import KEPT_FLOAT, Target
 
 
 def expand_program(program: Program, target: Target) -> int:
@@ -26,7 +26,7 @@ def expand_program(program: Program, target: Target) -> int:
     count = 0
     for node in list(program.graph.nodes):
         name = str(node.target)
-        if node.op != "call_function" or name not in target.expand:
+        if node.op != "call_function" or name not in target.expand or node.meta.get(KEPT_FLOAT):
             continue
         expansion, behind_integers = EXPANSIONS[name]
         if behind_integers and not _follows_integers(node, target):

@@ -29,7 +29,7 @@ from ..rewrite import (
 )
 from .annotate import ABSORBED, annotation, clear_annotations, upper_bound
 from .observe import Site, sites_of
-from .observers import best_bounds
+from .ranges.observers import best_bounds
 from .spec import NumberFormat, QuantParams, Target, choose_params
 from .stem import blocks_for_stems
 

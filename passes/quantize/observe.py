@@ -19,7 +19,7 @@ from ...frontend.program import Program, layer_name
 from ..base import Context
 from ..rewrite import call_after
 from .annotate import annotation, upper_bound
-from .observers import Observer, make_observer
+from .ranges.observers import Observer, make_observer
 from .spec import QuantParams
 
 

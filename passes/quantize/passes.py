@@ -14,7 +14,7 @@ from ..base import INTERFACE, VALUES, Change, Context, Pass, register_pass
 from .annotate import annotate_program
 from .fold import fold_program
 from .observe import calibrate_program, insert_observers
-from .select import choose_ranges
+from .ranges.choose import choose_ranges
 from .spec import Target
 
 Ranges = Literal["auto", "minmax", "moving-average", "mse"]
@@ -24,13 +24,18 @@ WeightRanges = Literal["minmax", "mse"]
 @register_pass
 @dataclass(frozen=True)
 class Annotate(Pass):
-    """Decide by the target's table what is computed on integers."""
+    """Decide by the target's table what is computed on integers.
+
+    `keep_float` names what stays in float all the same: nodes, layers or modules, by glob.
+    """
 
     name = "annotate"
     preserves = frozenset({VALUES, INTERFACE})
 
+    keep_float: tuple[str, ...] = ()
+
     def run(self, program: Program, context: Context) -> Change:
-        count, reasons = annotate_program(program, _target(context))
+        count, reasons = annotate_program(program, _target(context), self.keep_float)
         if count == 0:
             raise QuantizationError(
                 f"target {_target(context).name} computes nothing of this program on integers"
@@ -85,16 +90,20 @@ class Fold(Pass):
 @register_pass
 @dataclass(frozen=True)
 class Quantize(Pass):
-    """Quantize for the target: annotate, observe, calibrate, fold."""
+    """Quantize for the target: annotate, observe, calibrate, fold.
+
+    `keep_float` names what stays in float: nodes, layers or modules, by glob.
+    """
 
     name = "quantize"
     preserves = frozenset({INTERFACE})
 
     ranges: Ranges = "auto"
     weights: WeightRanges = "minmax"
+    keep_float: tuple[str, ...] = ()
 
     def run(self, program: Program, context: Context) -> Change:
-        steps = (Annotate(), Observe(self.ranges), Calibrate(), Fold(self.weights))
+        steps = (Annotate(self.keep_float), Observe(self.ranges), Calibrate(), Fold(self.weights))
         changes = [step.run(program, context) for step in steps]
         return Change(changes[-1].count, [note for c in changes for note in c.notes])
 

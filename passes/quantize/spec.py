@@ -26,6 +26,7 @@ Kind = Literal["layer", "arithmetic", "move", "fixed", "float"]
 # A condition looks at a node and returns why a row does not apply to it, or None when it does.
 Condition = Callable[[fx.Node], str | None]
 
+KEPT_FLOAT = "quantize_kept_float"  # in the meta of a node that the user, or a search, leaves in float
 TINY = 2.0**-100  # a scale below this makes float32 products of two scales vanish
 
 

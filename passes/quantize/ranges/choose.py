@@ -12,13 +12,13 @@ from collections.abc import Iterable
 
 import torch
 
-from ...frontend.program import Program
-from ..base import Context
-from ..rewrite import aten, call_before, erase_dead, find, is_op, replace
-from .fold import fold_program
-from .observe import sites_of
+from ....frontend.program import Program
+from ...base import Context
+from ...rewrite import aten, call_before, erase_dead, find, is_op, replace
+from ..fold import fold_program
+from ..observe import sites_of
+from ..spec import Target
 from .observers import OBSERVERS, Candidates
-from .spec import Target
 
 _SAMPLES = 32
 

@@ -18,8 +18,8 @@ from typing import Any, Protocol
 
 import torch
 
-from ...errors import OptionError, QuantizationError
-from .spec import NumberFormat, QuantParams, choose_params
+from ....errors import OptionError, QuantizationError
+from ..spec import NumberFormat, QuantParams, choose_params
 
 
 class Observer(Protocol):

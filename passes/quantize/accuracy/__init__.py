@@ -1,0 +1,1 @@
+"""Passes that make the integers more faithful: equalization, bias correction, learned rounding, smoothing."""
