@@ -90,7 +90,8 @@ def compare(
     artifact = fxpress.compile(module, (torch.from_numpy(x[:2]),), calibration=batches)
     seconds = time.perf_counter() - start
     models = {"float": artifact.float_onnx, "fxpress": artifact.onnx}
-    models |= quantize_static_models(artifact.float_onnx, [c[None] for c in calibration[:100]])
+    entry = artifact.float_onnx.graph.input[0].name
+    models |= quantize_static_models(artifact.float_onnx, [{entry: c[None]} for c in calibration[:100]])
     sessions = {name: make_session(model, threads=1) for name, model in models.items()}
     times = interleaved(models, x[:1], rounds)
     rows = {name: row(name, models, sessions, times, x, y) for name in models}

@@ -13,11 +13,14 @@ import numpy as np
 import onnx
 
 
+Feed = dict[str, np.ndarray]
+
+
 class _Reader:
     """What quantize_static wants of calibration data: one feed dict a call, then None."""
 
-    def __init__(self, name: str, samples: Iterable[np.ndarray]) -> None:
-        self.feeds: Iterator[dict[str, np.ndarray]] = iter([{name: s} for s in samples])
+    def __init__(self, feeds: Iterable[Feed]) -> None:
+        self.feeds: Iterator[Feed] = iter(feeds)
 
     def get_next(self) -> dict[str, np.ndarray] | None:
         return next(self.feeds, None)
@@ -36,8 +39,11 @@ def quantize_static_settings() -> dict[str, dict[str, object]]:
     }
 
 
-def quantize_static_models(model: onnx.ModelProto, samples: list[np.ndarray]) -> dict[str, onnx.ModelProto]:
-    """ONNX Runtime's `quantize_static` after its own `quant_pre_process`, one model for each setting."""
+def quantize_static_models(
+    model: onnx.ModelProto, feeds: list[Feed], settings: dict[str, dict[str, object]] | None = None
+) -> dict[str, onnx.ModelProto]:
+    """ONNX Runtime's `quantize_static` after its own `quant_pre_process`, one model for each setting. `feeds` are the
+    calibration samples, each a feed of one example."""
     from onnxruntime.quantization import quantize_static
     from onnxruntime.quantization.shape_inference import quant_pre_process
 
@@ -47,7 +53,17 @@ def quantize_static_models(model: onnx.ModelProto, samples: list[np.ndarray]) ->
         source, prepared, result = (str(Path(folder) / f"{n}.onnx") for n in ("float", "prepared", "int8"))
         onnx.save(model, source)
         quant_pre_process(source, prepared)
-        for name, options in quantize_static_settings().items():
-            quantize_static(prepared, result, _Reader(model.graph.input[0].name, samples), **options)
+        for name, options in (settings or quantize_static_settings()).items():
+            quantize_static(prepared, result, _Reader(feeds), **options)
             results[name] = onnx.load(result)
     return results
+
+
+def nncf_model(model: onnx.ModelProto, feeds: list[Feed], transformer: bool = False) -> onnx.ModelProto:
+    """NNCF's post-training quantization of an ONNX model, its defaults but for the samples and the kind of model."""
+    import nncf
+
+    logging.getLogger("nncf").setLevel(logging.ERROR)
+    kind = nncf.ModelType.TRANSFORMER if transformer else None
+    with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
+        return nncf.quantize(model, nncf.Dataset(feeds), subset_size=len(feeds), model_type=kind)
