@@ -48,7 +48,8 @@ class Context:
 
     `calibration` is re-iterable and yields flat tuples of input tensors in the order of `program.inputs`. `results`
     collects what passes hand to the report (a pruning plan, ranges), by pass name. `latencies` is the clock of the
-    target's runtime, for pruning to a latency.
+    target's runtime, for pruning to a latency. `judge` gives the user's metric of a program in the target's runtime
+    (higher is better; it raises OptionError where there is no finite number), for searches under an allowed drop.
     """
 
     target: Target | None = None
@@ -58,6 +59,7 @@ class Context:
     progress: Callable[[str, int, int | None], None] | None = None
     results: dict[str, Any] = field(default_factory=dict)
     latencies: OpLatencies | None = None
+    judge: Callable[[Program], float] | None = None
 
 
 class Pass:

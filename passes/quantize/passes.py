@@ -102,9 +102,12 @@ class Quantize(Pass):
     weights: WeightRanges = "minmax"
     keep_float: tuple[str, ...] = ()
 
+    def steps(self) -> tuple[Pass, ...]:
+        """The passes that this one is short for."""
+        return Annotate(self.keep_float), Observe(self.ranges), Calibrate(), Fold(self.weights)
+
     def run(self, program: Program, context: Context) -> Change:
-        steps = (Annotate(self.keep_float), Observe(self.ranges), Calibrate(), Fold(self.weights))
-        changes = [step.run(program, context) for step in steps]
+        changes = [step.run(program, context) for step in self.steps()]
         return Change(changes[-1].count, [note for c in changes for note in c.notes])
 
 
