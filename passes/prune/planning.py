@@ -12,12 +12,12 @@ from ...frontend.program import Program
 from .analysis import Analysis
 from .axes import Reason, Vector
 from .budgets.budget import Budget, Ratios, Scope, Selection, select
-from .budgets.choices import Choice, make_choices, matches
+from .budgets.choices import Choice, make_choices
 from .budgets.costs import channel_cost, macs_cost, parameter_cost, size_cost
 from .budgets.latency import select_latency
 from .budgets.measuring import OpLatencies
 from .budgets.units import at_batch_one
-from .excluding import as_patterns
+from .excluding import as_patterns, excluded
 from .groups import Group, find_groups, places
 from .importance.criteria import Aggregate, Normalize
 from .importance.scores import Importance
@@ -163,14 +163,9 @@ def _silence(importance: str, groups: int) -> list[str]:
 
 def _pin_excluded(analysis: Analysis, patterns: list[str]) -> None:
     """Parameters whose name, or the name of whose layer, matches a glob keep their shape."""
+    names = {name: (name,) for name in analysis.tensors}
     for pattern in patterns:
-        matched = [n for n in analysis.tensors if matches(n, pattern)]
-        if not matched:
-            raise OptionError(
-                f"exclude pattern {pattern!r} matches no parameter",
-                hint=f"names look like {', '.join(list(analysis.tensors)[:3])}",
-            )
-        for name in matched:
+        for name in excluded(names, [pattern]):
             for vector in analysis.tensors[name]:
                 analysis.atoms.pin(vector, Reason(f"excluded by {pattern!r}"))
 
