@@ -237,7 +237,7 @@ def _computing(node: fx.Node, op: str) -> fx.Node:
 def judge_coverage(model: onnx.ModelProto, compiled: Compiled, target: Target) -> Coverage:
     """Integer coverage, each float island with the reason that the target's table or the pipeline gives."""
     if compiled.floating is not None:
-        return measure_coverage(model, float_reasons(compiled.floating, target))
+        return measure_coverage(model, float_reasons(compiled.floating, target), target.session)
     coverage = measure_coverage(model)
     reason, hint = "the pipeline does not quantize", "use the recipe int8, or add quantize to the pipeline"
     islands = [dataclasses.replace(i, reason=reason, hint=hint) for i in coverage.islands]

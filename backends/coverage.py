@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -47,10 +47,13 @@ class Coverage:
     kernels: dict[str, int] = field(default_factory=dict)
 
 
-def measure_coverage(model: onnx.ModelProto, reasons: Mapping[str, str] | None = None) -> Coverage:
-    """Load `model` into ONNX Runtime and count MACs by kernel. `reasons` (see `float_reasons`) explains float nodes."""
+def measure_coverage(
+    model: onnx.ModelProto, reasons: Mapping[str, str] | None = None, session: Sequence[tuple[str, str]] = ()
+) -> Coverage:
+    """Load `model` into ONNX Runtime and count MACs by kernel. `reasons` (see `float_reasons`) explains float nodes,
+    `session` are entries of its session options (`Target.session`)."""
     macs = dict(node_macs(model))
-    optimized = optimized_graph(model)
+    optimized = optimized_graph(model, session=session)
     total, integer, islands = sum(macs.values()), 0, []
     found: dict[str, onnx.NodeProto] = {}
     for node in optimized.node:
@@ -82,14 +85,18 @@ def float_reasons(program: Program, target: Target) -> dict[str, str]:
     return reasons
 
 
-def optimized_graph(model: onnx.ModelProto, level: str = "ORT_ENABLE_EXTENDED") -> onnx.GraphProto:
-    """The graph that ONNX Runtime's CPU provider makes of a model at an optimization level."""
+def optimized_graph(
+    model: onnx.ModelProto, level: str = "ORT_ENABLE_EXTENDED", session: Sequence[tuple[str, str]] = ()
+) -> onnx.GraphProto:
+    """The graph that ONNX Runtime's CPU provider makes of a model at an optimization level, with session entries."""
     import onnxruntime as ort
 
     options = ort.SessionOptions()
     options.graph_optimization_level = getattr(ort.GraphOptimizationLevel, level)
     options.log_severity_level = 3
     options.intra_op_num_threads = 1
+    for key, value in session:
+        options.add_session_config_entry(key, value)
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "optimized.onnx"
         options.optimized_model_filepath = str(path)

@@ -9,7 +9,7 @@ from ...errors import OptionError
 from ...passes.quantize.spec import Target
 
 # Target name -> the module here that holds its table as TARGET.
-MODULES = {"ort-x86": "ort_x86"}
+MODULES = {"ort-x86": "ort_x86", "ort-x86-avx2": "ort_x86_avx2", "ort-arm": "ort_arm"}
 
 
 def target_names() -> list[str]:

@@ -114,7 +114,7 @@ def _choose_rows(program: Program, target: Target) -> dict[fx.Node, Row]:
             rows[node] = row
             if not row.float_output:
                 integer.add(node)
-        elif str(node.target) in target.absorbs and node.args[0] in integer:
+        elif target.absorbing(str(node.target)) and node.args[0] in integer:
             integer.add(node)
     return rows
 
@@ -148,7 +148,7 @@ def _demote_unread(program: Program, target: Target, rows: dict[fx.Node, Row]) -
     for node in reversed(list(program.graph.nodes)):
         row = rows.get(node)
         if row is None:
-            if node in needed and str(node.target) in target.absorbs:
+            if node in needed and target.absorbing(str(node.target)):
                 # It hands the need on to the op that may absorb it.
                 needed.add(node.args[0])  # type: ignore[arg-type]
             continue
@@ -174,15 +174,33 @@ def _keep_parts(target: Target, rows: dict[fx.Node, Row]) -> None:
 def _annotation(node: fx.Node, row: Row, rows: dict[fx.Node, Row], target: Target) -> Annotation:
     bearer = node
     reader = next(iter(node.users)) if len(node.users) == 1 else None
-    if reader is not None and row.kind != "move" and str(reader.target) in target.absorbs and can_absorb(reader):
+    operands = tuple(o for o in operands_of(node, row) if o is not joined_addend(node, rows))
+    if reader is not None and joined_addend(reader, rows) is node:
+        return Annotation(row, operands)
+    if reader is not None and row.kind != "move" and _vanishes(reader, target):
         bearer = reader
     wanted = any(u in rows and bearer in operands_of(u, rows[u]) for u in bearer.users)
     keep_float = row.float_output and not wanted
     if keep_float:
-        return Annotation(row, operands_of(node, row))
-    if bearer is not node:
+        return Annotation(row, operands)
+    if bearer is not node and str(bearer.target) in target.absorbs:
         bearer.meta[ABSORBED] = True
-    return Annotation(row, operands_of(node, row), bearer)
+    return Annotation(row, operands, bearer)
+
+
+def _vanishes(activation: fx.Node, target: Target) -> bool:
+    name = str(activation.target)
+    return target.absorbing(name) and (name in target.fuses or can_absorb(activation))
+
+
+def joined_addend(add: fx.Node, rows: dict[fx.Node, Row]) -> fx.Node | None:
+    """The operand of an addition that comes straight from a layer, whose kernel does the addition (`Row.joins`)."""
+    row = rows.get(add)
+    if row is None or not row.joins:
+        return None
+    operands = operands_of(add, row)
+    layers = [o for o in operands if o in rows and rows[o].kind == "layer" and len(o.users) == 1]
+    return layers[0] if layers and len(set(operands)) == 2 else None
 
 
 def can_absorb(activation: fx.Node) -> bool:

@@ -52,7 +52,8 @@ def fold_program(program: Program, target: Target, weight_ranges: str) -> int:
     if not sites.samples:
         raise QuantizationError("the observers have seen no data", hint="run the pass `calibrate` before `fold`")
     observes = list(find(program, torch.ops.fxpress.observe.default))
-    params = {n: _site_params(sites.root(int(n.args[1])), target.activation) for n in observes}  # type: ignore[arg-type]
+    roots = {n: sites.root(int(n.args[1])) for n in observes}  # type: ignore[arg-type]
+    params = {n: _site_params(root, root.form or target.activation) for n, root in roots.items()}
     folding = _Folding(program, target, weight_ranges, params)
     layers = 0
     for node in list(program.graph.nodes):
@@ -111,8 +112,9 @@ def _apart(program: Program, node: fx.Node, source: fx.Node) -> fx.Node:
 
 
 def _is_move(value: object) -> bool:
+    """Does `value` move integers?"""
     note = annotation(value) if isinstance(value, fx.Node) else None
-    return note is not None and note.row.kind == "move"
+    return note is not None and note.row.kind == "move" and not note.row.in_pairs
 
 
 def _check_integers(program: Program) -> None:
@@ -167,14 +169,18 @@ def _fold_layer(folding: _Folding, node: fx.Node) -> None:
             f"the weights of {layer_name(node)} hold NaN or infinity",
             hint="check the checkpoint; training may have diverged",
         )
-    scales = weight_scales(weight.detach(), folding.target.weight, folding.weight_ranges)
-    if bias is not None:
-        scales = torch.maximum(scales, (bias.detach().double().abs() / (x_scale * _BIAS_LIMIT)).float())
-    integers = quantize_weight(weight.detach(), scales)
+    note = annotation(node)
+    form = (note.row.weight if note else None) or folding.target.weight
+    stored_bias = bias if folding.target.bias is not None else None
+    scales = weight_scales(weight.detach(), form, folding.weight_ranges)
+    if stored_bias is not None:
+        least = (stored_bias.detach().double().abs() / (x_scale * _BIAS_LIMIT)).float()
+        scales = torch.maximum(scales, least if form.per_channel else least.max())
+    integers = quantize_weight(weight.detach(), scales, form)
     set_argument(node, "weight", _stored(folding, node, weight_node, integers, scales))  # type: ignore[arg-type]
-    if bias is not None:
+    if stored_bias is not None:
         bias_scales = scales * torch.tensor(x_scale, dtype=torch.float32)
-        q = torch.round(bias.detach().double() / bias_scales.double()).to(torch.int32)
+        q = torch.round(stored_bias.detach().double() / bias_scales.double()).to(torch.int32)
         set_argument(node, "bias", _stored(folding, node, bias_node, q, bias_scales))
 
 
@@ -210,7 +216,10 @@ def weight_scales(weight: torch.Tensor, form: NumberFormat, ranges: str) -> torc
     return scales.expand(weight.shape[0]).clone()
 
 
-def quantize_weight(weight: torch.Tensor, scales: torch.Tensor) -> torch.Tensor:
-    """Symmetric int8 weights in [-127, 127], `scales` along the first dim."""
+_INT8 = NumberFormat(torch.int8, symmetric=True, per_channel=True, narrow=True)
+
+
+def quantize_weight(weight: torch.Tensor, scales: torch.Tensor, form: NumberFormat = _INT8) -> torch.Tensor:
+    """Symmetric integer weights within the limits of `form`, `scales` along the first dim."""
     shaped = scales.reshape(-1, *[1] * (weight.ndim - 1))
-    return torch.clamp(torch.round(weight.float() / shaped), -127, 127).to(torch.int8)
+    return torch.clamp(torch.round(weight.float() / shaped), *form.limits).to(form.dtype)

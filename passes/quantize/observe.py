@@ -20,7 +20,7 @@ from ..base import Context
 from ..rewrite import call_after
 from .annotate import annotation, upper_bound
 from .ranges.observers import Observer, make_observer
-from .spec import QuantParams
+from .spec import NumberFormat, QuantParams
 
 
 @dataclass
@@ -28,7 +28,8 @@ class Site:
     """One observed tensor: its observer, or where its parameters come from instead.
 
     `shared` names another site with the same scale (moves), `fixed` gives known parameters, `bound` caps the range from
-    above (an absorbed activation's own limit). `layer` is the name of the float node.
+    above (an absorbed activation's own limit), `form` is its number format where that is not the target's own. `layer`
+    is the name of the float node.
     """
 
     key: int
@@ -37,6 +38,7 @@ class Site:
     shared: int | None = None
     fixed: QuantParams | None = None
     bound: float | None = None
+    form: NumberFormat | None = None
 
 
 @dataclass
@@ -64,30 +66,49 @@ def insert_observers(program: Program, ranges: str) -> int:
     """Insert `observe` nodes for all annotations. Returns how many."""
     declare_operators()
     sites = Sites()
-    observed: dict[fx.Node, fx.Node] = {}  # tensor -> its observe node
+    observed: dict[fx.Node, dict[NumberFormat | None, fx.Node]] = {}  # tensor -> its observe nodes, by format
     for node in list(program.graph.nodes):
         note = annotation(node)
         if note is None:
             continue
         for operand in filter(_is_tensor, note.operands):
-            if operand not in observed:
-                # Not the output of an integer op, or it would have been observed there: float readers keep the float.
-                observed[operand] = _observe_node(operand, _add_site(sites, operand, ranges))
-            node.replace_input_with(operand, observed[operand])
+            _observe_operand(sites, observed.setdefault(operand, {}), node, operand, ranges)
         if note.output is not None and _is_tensor(note.output):
-            site = _add_site(sites, note.output, ranges)
+            site = _add_site(sites, note.output, ranges, note.row.activation)
             _describe(site, node)
+            if site.shared is not None:
+                site.form = sites.root(site.key).form
             readers = list(note.output.users)
-            observed[note.output] = _observe_node(note.output, site)
+            observed[note.output] = {site.form: _observe_node(note.output, site)}
             for reader in readers:
-                reader.replace_input_with(note.output, observed[note.output])
+                reader.replace_input_with(note.output, observed[note.output][site.form])
     program.graph_module.meta["observers"] = sites
     return len(sites.by_key)
 
 
-def _add_site(sites: Sites, tensor: fx.Node, ranges: str) -> Site:
+def _observe_operand(
+    sites: Sites, observed: dict[NumberFormat | None, fx.Node], node: fx.Node, operand: fx.Node, ranges: str
+) -> None:
+    """Let `node` read `operand` through an observer of the format that it computes on.
+
+    The output of an integer op has been observed already, and everybody reads it there; of other tensors the float
+    readers keep the float. A tensor that is there in another format is observed again, behind its observer: it is
+    converted.
+    """
+    note = annotation(node)
+    assert note is not None
+    form = note.row.activation
+    if note.row.kind == "move" and observed:  # takes what is there
+        form = next(iter(observed))
+    read = operand if operand in node.all_input_nodes else next(iter(observed.values()))
+    if form not in observed:
+        observed[form] = _observe_node(read, _add_site(sites, operand, ranges, form))
+    node.replace_input_with(read, observed[form])
+
+
+def _add_site(sites: Sites, tensor: fx.Node, ranges: str, form: NumberFormat | None = None) -> Site:
     name = (tensor.meta.get("custom") or {}).get("float_name", tensor.name)
-    site = Site(len(sites.by_key), name, make_observer(ranges))
+    site = Site(len(sites.by_key), name, make_observer(ranges), form=form)
     sites.by_key[site.key] = site
     return site
 

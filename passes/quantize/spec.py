@@ -34,19 +34,29 @@ TINY = 2.0**-100  # a scale below this makes float32 products of two scales vani
 class NumberFormat:
     """How quantized numbers are stored: integer dtype, symmetric (zero point 0) or affine, one scale or many.
 
-    `narrow` leaves out the most negative number, so that a symmetric range is [-127, 127].
+    `narrow` leaves out the most negative number, so that a symmetric range is [-127, 127]. `bits`, where given, is how
+    many bits of the dtype are used: 7 bits of int8 are [-64, 63].
     """
 
     dtype: torch.dtype
     symmetric: bool = False
     per_channel: bool = False
     narrow: bool = False
+    bits: int | None = None
 
     @property
     def limits(self) -> tuple[int, int]:
         """(smallest, largest) stored integer."""
         info = torch.iinfo(self.dtype)
-        return info.min + int(self.narrow), info.max
+        unused = info.bits - (self.bits or info.bits)
+        return (info.min >> unused) + int(self.narrow), info.max >> unused
+
+    def __str__(self) -> str:
+        """For people: "int8 (7 bits) symmetric per channel"."""
+        name = str(self.dtype).removeprefix("torch.")
+        used = f" ({self.bits} bits)" if self.bits else ""
+        many = " per channel" if self.per_channel else ""
+        return f"{name}{used} {'symmetric' if self.symmetric else 'affine'}{many}"
 
 
 @dataclass(frozen=True)
@@ -71,8 +81,10 @@ class QuantParams:
 def choose_params(low: float, high: float, form: NumberFormat) -> QuantParams:
     """Scale and zero point for values in [low, high]; zero is always exactly representable.
 
-    Raises QuantizationError for a range that is not finite.
+    Raises QuantizationError for a range that is not finite, and for a symmetric format without negative numbers.
     """
+    if form.symmetric and form.limits[0] == 0:
+        raise QuantizationError(f"{form} holds no negative numbers", hint="use a signed type, or an affine format")
     if not (abs(low) < float("inf") and abs(high) < float("inf")):
         raise QuantizationError(
             f"a tensor has the range [{low}, {high}]",
@@ -99,6 +111,9 @@ class Row:
 
     `when` may decline with a reason; `operands` are the argument names that hold activations; `float_output` says that
     the output may stay float (an integer kernel with float output exists); `fixed` is the output's known range.
+    `in_pairs`: a move is computed between a dequantize and a quantize of the same scale, not on integers themselves.
+    `activation` and `weight` are the formats of this row's tensors where they are not the target's own.
+    `joins`: an addend that comes straight from a layer is not quantized, since the layer's kernel does the addition.
     `reason` (for kind "float") is told to the user, `hint` says what would change it.
     """
 
@@ -108,6 +123,10 @@ class Row:
     when: tuple[Condition, ...] = ()
     float_output: bool = False
     fixed: QuantParams | None = None
+    in_pairs: bool = False
+    activation: NumberFormat | None = None
+    weight: NumberFormat | None = None
+    joins: bool = False
     reason: str = ""
     hint: str = ""
 
@@ -124,11 +143,15 @@ class Target:
     """A runtime on a kind of processor, as a table.
 
     `absorbs` are activation functions that vanish into the quantization of their input when their lower bound is
-    the smallest stored number. `expand` names ops that are written as others first (silu as sigmoid and mul).
+    the smallest stored number; `fuses` are those that its layers compute before they quantize, whatever the zero point.
+    `expand` names ops that are written as others first (silu as sigmoid and mul).
     `isolate` names ops that the runtime would compute with a slow integer kernel if quantized tensors touched them on
     both sides; they are kept apart.
     `stem_blocks`: convolutions with stride 2 on few channels are written over 2x2 blocks of pixels (see `stem`).
-    `round_to` is the channel count multiple that its kernels like (pruning halves it for narrow layers).
+    `bias` None: biases stay float. `round_to` is the channel count multiple that its kernels like (pruning halves it
+    for narrow layers).
+    `run` says for people where models for this target were run; `session` are entries of ONNX Runtime's session options
+    with which it rewrites graphs here as it does there.
     """
 
     name: str
@@ -137,11 +160,21 @@ class Target:
     weight: NumberFormat
     rows: tuple[Row, ...]
     absorbs: tuple[str, ...] = ()
+    fuses: tuple[str, ...] = ()
     expand: tuple[str, ...] = ()
     isolate: tuple[str, ...] = ()
-    bias: NumberFormat = field(default=NumberFormat(torch.int32, symmetric=True, per_channel=True))
+    bias: NumberFormat | None = field(default=NumberFormat(torch.int32, symmetric=True, per_channel=True))
     stem_blocks: bool = False
     round_to: int = 1
+    run: str = "ONNX Runtime, here"
+    session: tuple[tuple[str, str], ...] = ()
+
+    def absorbing(self, op: str) -> bool:
+        """Does an activation function vanish into the integer op before it, or into the quantization after that?
+
+        Where zero is in the middle of the stored numbers no quantization does the work of a Relu.
+        """
+        return op in self.fuses or (op in self.absorbs and not self.activation.symmetric)
 
     def row_for(self, node: fx.Node) -> Row | None:
         """The first row whose ops include the node's and that does not decline it."""
