@@ -14,6 +14,8 @@ MODULES = (
     "prune.passes",
     "prune.recovery.recover",
     "quantize.passes",
+    "quantize.accuracy.equalize",
+    "quantize.accuracy.smooth",
 )
 ENTRY_POINTS = "fxpress.passes"
 

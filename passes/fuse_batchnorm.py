@@ -69,7 +69,7 @@ def _fuse_after(program: Program, norm: fx.Node) -> str | None:
     assert isinstance(layer, fx.Node)
     if len(layer.users) > 1:
         return f"the output of {layer_name(layer)} is also read elsewhere"
-    if (reason := _not_constant(program, norm) or _not_owned(layer)) is not None:
+    if (reason := _not_constant(program, norm) or not_owned(layer)) is not None:
         return reason
     if is_op(layer, aten.linear.default) and norm.meta["val"].ndim != 2:
         return "BatchNorm normalizes another dimension than the linear layer's features"
@@ -78,7 +78,7 @@ def _fuse_after(program: Program, norm: fx.Node) -> str | None:
     assert weight is not None
     old_bias = constant(program, argument(layer, "bias"))
     bias = shift if old_bias is None else old_bias.double() * scale + shift
-    _store(program, layer, _scale_outputs(layer, weight.double(), scale), bias)
+    store_weights(program, layer, scale_outputs(layer, weight.double(), scale), bias)
     replace(norm, layer)
     return None
 
@@ -90,7 +90,7 @@ def _fuse_before(program: Program, norm: fx.Node) -> str | None:
     layer = next(iter(norm.users))
     if not is_op(layer, *LAYERS) or layer.args[0] is not norm:
         return "its output does not go to a conv or linear layer"
-    if (reason := _not_constant(program, norm) or _not_owned(layer) or _pads(layer)) is not None:
+    if (reason := _not_constant(program, norm) or not_owned(layer) or pads(layer)) is not None:
         return reason
     if is_op(layer, aten.linear.default) and norm.meta["val"].ndim != 2:
         return "BatchNorm normalizes another dimension than the linear layer's features"
@@ -101,9 +101,9 @@ def _fuse_before(program: Program, norm: fx.Node) -> str | None:
     assert weight is not None
     old_bias = constant(program, argument(layer, "bias"))
     groups = 1 if is_op(layer, aten.linear.default) else argument(layer, "groups")
-    scaled, added = _scale_inputs(weight.double(), scale, shift, groups)
+    scaled, added = scale_inputs(weight.double(), scale, shift, groups)
     bias = added if old_bias is None else old_bias.double() + added
-    _store(program, layer, scaled, bias)
+    store_weights(program, layer, scaled, bias)
     replace(norm, norm.args[0])  # type: ignore[arg-type]
     return None
 
@@ -127,7 +127,7 @@ def _not_constant(program: Program, norm: fx.Node) -> str | None:
     return None
 
 
-def _not_owned(layer: fx.Node) -> str | None:
+def not_owned(layer: fx.Node) -> str | None:
     """Weights computed in the graph or shared with another layer cannot be rewritten for this one alone."""
     for node in (layer.args[1], argument(layer, "bias")):
         if node is None:
@@ -140,7 +140,8 @@ def _not_owned(layer: fx.Node) -> str | None:
     return None
 
 
-def _pads(layer: fx.Node) -> str | None:
+def pads(layer: fx.Node) -> str | None:
+    """Why a constant that is added to the layer's input cannot move into its bias; None where it can."""
     if is_op(layer, aten.linear.default):
         return None
     padding = argument(layer, "padding")
@@ -148,7 +149,8 @@ def _pads(layer: fx.Node) -> str | None:
     return "the layer after it pads with zeros, which BatchNorm would have shifted" if padded else None
 
 
-def _scale_outputs(layer: fx.Node, weight: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
+def scale_outputs(layer: fx.Node, weight: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
+    """The weights with which the layer's output channels come out times `scale` [out]."""
     if not is_op(layer, *TRANSPOSED):
         return weight * scale.reshape(-1, *[1] * (weight.ndim - 1))
     # Transposed weights are [in, out / groups, ...]: the outputs of group g are scaled in the rows of group g.
@@ -157,7 +159,7 @@ def _scale_outputs(layer: fx.Node, weight: torch.Tensor, scale: torch.Tensor) ->
     return (per_group * scale.reshape(groups, 1, -1, *[1] * (weight.ndim - 2))).reshape(weight.shape)
 
 
-def _scale_inputs(
+def scale_inputs(
     weight: torch.Tensor, scale: torch.Tensor, shift: torch.Tensor, groups: int
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """(W', what is added to the bias) for a layer that reads a*x + c. Weights are [out, in / groups, ...]."""
@@ -167,7 +169,7 @@ def _scale_inputs(
     return (per_group * scale.reshape(along_inputs)).reshape(weight.shape), added
 
 
-def _store(program: Program, layer: fx.Node, weight: torch.Tensor, bias: torch.Tensor) -> None:
+def store_weights(program: Program, layer: fx.Node, weight: torch.Tensor, bias: torch.Tensor) -> None:
     """Give the layer its new weights, under the old names (a new bias is named beside the weight)."""
     old = constant(program, layer.args[1])
     assert old is not None
