@@ -31,9 +31,15 @@ if TYPE_CHECKING:
     from .passes.prune.recovery.schedule import prune_and_recover as prune_and_recover
     from .runtime.artifact import Artifact as Artifact
     from .runtime.bundle import load as load
+    from .training.loop import finetune as finetune
+    from .training.loop import train as train
+    from .training.options import SGD as SGD
+    from .training.options import AdamW as AdamW
+    from .training.options import TrainingOptions as TrainingOptions
 
 # Public name -> the module that defines it.
 _LAZY = {
+    "AdamW": ".training.options",
     "Artifact": ".runtime.artifact",
     "Change": ".passes.base",
     "Context": ".passes.base",
@@ -41,8 +47,11 @@ _LAZY = {
     "Preprocess": ".frontend.preprocess",
     "Program": ".frontend.program",
     "PruningPlan": ".passes.prune.plan",
+    "SGD": ".training.options",
+    "TrainingOptions": ".training.options",
     "capture": ".frontend.capture",
     "compile": ".api",
+    "finetune": ".training.loop",
     "load": ".runtime.bundle",
     "op_latencies": ".api",
     "plan_pruning": ".api",
@@ -53,6 +62,7 @@ _LAZY = {
     "register_pass": ".passes.base",
     "run_passes": ".passes.manager",
     "to_onnx": ".api",
+    "train": ".training.loop",
 }
 
 __all__ = ["FxpressError", "__version__", *sorted(_LAZY)]

@@ -7,7 +7,6 @@ or calibration; they only judge.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -18,11 +17,12 @@ from .api import compile
 from .compilation import Progress
 from .errors import SourceError
 from .frontend.capture import capture
-from .frontend.program import Program
 from .passes.prune.planning import plan_pruning
 from .runtime.artifact import Artifact, check_output
 from .runtime.evaluate import Top1
-from .training.loop import fit, torch_threads
+from .training.loop import finetune
+from .training.options import AdamW, TrainingOptions
+from .training.threads import torch_threads
 
 MACS_KEPT = 0.5
 CALIBRATION = 256
@@ -90,12 +90,13 @@ def run_demo(output: str | Path, seed: int = 0, threads: int = 1, progress: Prog
 
 def _run(output: Path, digits: Digits, seed: int, threads: int, progress: Progress | None) -> Artifact:
     torch.manual_seed(seed)
-    module = fit(
-        DigitNet(), digits.inputs, digits.labels, epochs=_EPOCHS, seed=seed, on_epoch=_told(progress, "train", _EPOCHS)
-    )
-    reference = capture(module, (digits.inputs[:2],))
+    data = (digits.inputs, digits.labels)
+    options = TrainingOptions(epochs=_EPOCHS, optimizer=AdamW(1e-2, weight_decay=1e-4), seed=seed)
+    untrained = capture(DigitNet(), (digits.inputs[:2],))
+    reference = finetune(untrained, data, options, progress=progress, name="train")
     plan = plan_pruning(reference, macs=MACS_KEPT, round_to=16, seed=seed)
-    pruned = _recover(plan.apply(reference), digits, seed, progress)
+    options = TrainingOptions(epochs=_RECOVERY_EPOCHS, optimizer=AdamW(3e-3, weight_decay=1e-4), seed=seed + 1)
+    pruned = finetune(plan.apply(reference), data, options, progress=progress)
     return compile(
         pruned,
         calibration=digits.inputs[:CALIBRATION].split(32),
@@ -110,20 +111,3 @@ def _run(output: Path, digits: Digits, seed: int, threads: int, progress: Progre
         threads=threads,
         progress=progress,
     )
-
-
-def _recover(pruned: Program, digits: Digits, seed: int, progress: Progress | None) -> Program:
-    return fit(
-        pruned, digits.inputs, digits.labels, epochs=_RECOVERY_EPOCHS, learning_rate=3e-3, seed=seed + 1,
-        on_epoch=_told(progress, "fine-tune", _RECOVERY_EPOCHS),
-    )  # fmt: skip
-
-
-def _told(progress: Progress | None, name: str, total: int) -> Callable[[int, float], None]:
-    """An on_epoch callback that feeds the progress display."""
-
-    def on_epoch(done: int, loss: float) -> None:
-        if progress:
-            progress(name, done, total)
-
-    return on_epoch

@@ -67,6 +67,10 @@ class QuantizationError(FxpressError):
     """A program cannot be quantized as asked."""
 
 
+class TrainingError(FxpressError):
+    """A training cannot start, go on, or be resumed."""
+
+
 class LoweringError(FxpressError):
     """A program cannot be written as ONNX."""
 

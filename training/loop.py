@@ -1,73 +1,195 @@
-"""Plain supervised training, on a Program or a module: enough to recover accuracy after pruning.
+"""One training loop for everything: plain fine-tuning, distillation and quantization-aware training differ in their
+objective, a function `(program, batch) -> loss`.
 
-A Program trains like the module it came from: its BatchNorm and dropout switch with `train()` and `eval()`.
+    import fxpress
+    from fxpress.training.options import SGD, TrainingOptions
+
+    tuned = fxpress.finetune(program, (images, labels), TrainingOptions(epochs=3, optimizer=SGD(0.01)), evaluate=top1)
+
+A Program trains like the module it came from: BatchNorm and dropout are on while it trains and off in what is returned.
+Random numbers depend on the seed and the step alone, so a run that was killed goes on from its checkpoint to the same
+result, bit for bit on a CPU; and the batch of a step is the same however many processes share it.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from typing import TypeVar
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
 
 import torch
-from torch.nn import functional
 
-from ..errors import DataError
-from ..frontend.program import Program
+from ..errors import OptionError
+from ..frontend.program import Program, StageRecord
+from ..passes.memory import peak_memory
+from ..runtime.evaluate import Evaluate, Runner, Top1, measure, torch_runner
+from ..runtime.feed import leaves
+from .checkpoint import CheckpointFolder, EpochRecord, digest
+from .engine import Engine, Step, make_engine, move
+from .examples import Augment, Examples, Held, as_examples
+from .objectives import Batch, CrossEntropy, Objective
+from .options import TrainingOptions
+from .parameters import only, trainable
+from .run import Hooks, Progress, Run, Saving
+from .schedules import OneCycle
+from .seeding import generators_kept
 
-Trainable = TypeVar("Trainable", Program, torch.nn.Module)
+OnEpoch = Callable[[Program, int], None]
 
 
-def fit(
-    model: Trainable,
-    inputs: torch.Tensor,
-    labels: torch.Tensor,
+@dataclass(frozen=True)
+class Trained:
+    """The trained program in evaluation mode, what each epoch came to, and the epoch whose weights these are."""
+
+    program: Program
+    history: tuple[EpochRecord, ...]
+    kept: EpochRecord
+
+    def notes(self) -> list[str]:
+        """For people: the losses, and which epoch was kept."""
+        losses = ", ".join(f"{r.loss:.4f}" for r in self.history)
+        metric = "" if self.kept.metric is None else f", metric {self.kept.metric:.4f}"
+        return [f"mean loss by epoch: {losses}", f"weights of epoch {self.kept.epoch}{metric}"]
+
+
+def finetune(program: Program, data: Any, options: TrainingOptions | None = None, **choices: Any) -> Program:
+    """Train a copy of `program` on labelled `data`, and return it in evaluation mode. All options: `train`."""
+    return train(program, data, options, **choices).program
+
+
+def train(
+    program: Program,
+    data: Any,
+    options: TrainingOptions | None = None,
     *,
-    epochs: int,
-    learning_rate: float = 1e-2,
-    batch_size: int = 64,
-    weight_decay: float = 1e-4,
-    seed: int = 0,
-    on_epoch: Callable[[int, float], None] | None = None,
-) -> Trainable:
-    """Train a classifier in place on `inputs` [N, ...] and `labels` [N], and return it in evaluation mode.
+    objective: Objective | None = None,
+    evaluate: Evaluate | None = None,
+    augment: Augment | None = None,
+    workers: int = 0,
+    on_epoch: OnEpoch | None = None,
+    checkpoint: str | Path | None = None,
+    checkpoint_every: int | None = None,
+    progress: Progress | None = None,
+    name: str = "finetune",
+) -> Trained:
+    """Train a copy of `program` and say what each epoch came to.
 
-    AdamW with one cosine decay of the learning rate to zero, cross entropy. The order of the examples depends on
-    `seed` alone. `on_epoch` is told the number of epochs done and the mean loss of the last. Raises DataError.
+    `data`: (inputs..., labels), a list of labelled batches, a torch `Dataset` (read with `workers` processes) or
+    anything that streams batches (`training.examples.as_examples`). `objective(program, batch)` is the loss, by default
+    cross entropy. `evaluate(run)` judges each epoch, higher is better. `augment(inputs, generator)` varies the inputs
+    of a step. `on_epoch(program, number)` is called before each epoch, from 0, and before the rest of one that is
+    resumed; it may switch what the program does, by the number alone.
+
+    `checkpoint`: a folder for the state of the run, after every epoch and every `checkpoint_every` steps. A run that
+    finds its own checkpoint there goes on from it; one that was finished returns what it came to.
+
+    Raises OptionError, DataError, TrainingError (a loss that is not finite, a lost process), OutputError.
     """
-    if len(inputs) != len(labels) or len(inputs) == 0:
-        raise DataError(f"{len(inputs)} examples and {len(labels)} labels", hint="give one label per example")
-    steps = epochs * -(-len(inputs) // batch_size)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=learning_rate, weight_decay=weight_decay)
-    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, max(steps, 1))
-    model.train()
-    for epoch in range(epochs):
-        losses = []
-        for rows in shuffled(len(inputs), batch_size, seed + epoch):
-            loss = functional.cross_entropy(model(inputs[rows]), labels[rows])
-            optimizer.zero_grad()
-            loss.backward()
-            optimizer.step()
-            schedule.step()
-            losses.append(float(loss.detach()))
-        if on_epoch:
-            on_epoch(epoch + 1, sum(losses) / len(losses))
-    model.eval()
-    return model
+    options = options or TrainingOptions()
+    _check_choices(options, objective, evaluate, checkpoint, checkpoint_every)
+    whole = as_examples(program, data, options.batch_size, options.seed, workers)
+    examples, held_out = _hold_out(whole, options.hold_out)
+    engine = make_engine(options)
+    copy, objective = program.copy(), objective or CrossEntropy(options.label_smoothing)
+    chosen = trainable(copy, options.freeze)
+    start = time.perf_counter()
+    with generators_kept(), only(copy, chosen), peak_memory() as memory:
+        step = Step(copy, objective)
+        saving = _saving(checkpoint, checkpoint_every, step, examples, options)
+        move(copy, engine.device)
+        judge = _judge(copy, objective, evaluate, held_out, engine)
+        hooks = Hooks(judge, augment, on_epoch, progress if engine.is_first else None, name)
+        run = Run(copy, step, examples, options, engine, hooks)
+        before = saving.folder.read() if saving else None
+        if before:
+            run.restore(before)
+        engine.require_same(run.position.step)
+        kept = run.to_end(saving)
+        move(copy.eval(), torch.device("cpu"))
+    trained = Trained(copy, tuple(run.position.history), kept)
+    record = StageRecord(name, time.perf_counter() - start, run.position.step, trained.notes(), memory.megabytes)
+    copy.log.append(record)
+    return trained
 
 
-def shuffled(count: int, batch_size: int, seed: int) -> Iterator[torch.Tensor]:
-    """Batches of the indices 0..count-1 in an order that depends on `seed` alone."""
-    order = torch.randperm(count, generator=torch.Generator().manual_seed(seed))
-    yield from order.split(batch_size)
+# -- what judges --------------------------------------------------------------------------------------------------
 
 
-@contextmanager
-def torch_threads(count: int) -> Iterator[None]:
-    """Let PyTorch use `count` threads within the block. Small layers are slower on many, much so on a busy machine."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(count)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
+def _hold_out(examples: Examples, share: float) -> tuple[Examples, Held | None]:
+    if not share:
+        return examples, None
+    if not isinstance(examples, Held):
+        raise OptionError("hold_out works on data that are held in memory", hint="split them, and give evaluate")
+    return examples.split(share)
+
+
+def _judge(
+    program: Program, objective: Objective, evaluate: Evaluate | None, held_out: Held | None, engine: Engine
+) -> Callable[[], float] | None:
+    """The metric of the program as it is then: `evaluate`, or top-1 on what is held out, or there minus the loss."""
+    if evaluate is None and held_out is None:
+        return None
+    if evaluate is None and held_out is not None and (held_out.labels.is_floating_point() or held_out.labels.ndim != 1):
+        return lambda: -_mean_loss(program, objective, held_out, engine.device)
+    metric = evaluate or Top1([(*inputs, labels) for inputs, labels in held_out.batches()])  # type: ignore[union-attr]
+    runner = _runner_on(program, engine.device)
+    return lambda: measure(metric, runner).value
+
+
+def _runner_on(program: Program, device: torch.device) -> Runner:
+    """A runner for a program on any device: the metric gives and gets tensors on the CPU."""
+
+    def flat(batch: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
+        there = tuple(t.to(device) for t in batch)
+        return tuple(t.cpu() for t in program.run_flat(leaves(program, there)))
+
+    return replace(torch_runner(program), flat=flat)
+
+
+@torch.no_grad()
+def _mean_loss(program: Program, objective: Objective, held_out: Held, device: torch.device) -> float:
+    total = 0.0
+    for inputs, labels in held_out.batches():
+        batch = Batch(tuple(t.to(device) for t in inputs), labels.to(device))
+        total += float(objective(program, batch)) * len(labels)
+    return total / len(held_out.labels)
+
+
+# -- checks -------------------------------------------------------------------------------------------------------
+
+
+def _check_choices(
+    options: TrainingOptions,
+    objective: Objective | None,
+    evaluate: Evaluate | None,
+    checkpoint: str | Path | None,
+    checkpoint_every: int | None,
+) -> None:
+    """Raise OptionError for what would have no effect."""
+    if objective is not None and options.label_smoothing:
+        raise OptionError("label_smoothing has no effect on an objective of your own", hint="leave one of them out")
+    if checkpoint is None and checkpoint_every is not None:
+        raise OptionError("checkpoint_every has no effect without a checkpoint folder", hint="give checkpoint=FOLDER")
+    if evaluate is not None and options.hold_out:
+        raise OptionError("hold_out has no effect beside evaluate", hint="leave one of them out")
+    if evaluate is None and not options.hold_out:
+        for name in ("patience", "keep"):
+            if getattr(options, name) not in (None, "last"):
+                raise OptionError(f"{name} has no effect without a metric", hint="give evaluate, or hold_out=0.1")
+    if isinstance(options.schedule, OneCycle) and options.warmup:
+        raise OptionError("warmup has no place before a one-cycle schedule", hint="its `rise` is the warm-up")
+
+
+def _saving(
+    path: str | Path | None, every: int | None, step: Step, examples: Examples, options: TrainingOptions
+) -> Saving | None:
+    if path is None:
+        return None
+    if every is not None and every < 1:
+        raise OptionError(f"checkpoint_every is {every}", hint="give a number of steps")
+    described = {"start": digest(step.state_dict()), "steps": examples.steps, **options.described()}
+    folder = CheckpointFolder(path, described)
+    folder.check()
+    return Saving(folder, every)

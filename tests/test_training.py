@@ -1,0 +1,291 @@
+"""The training loop: what an option promises, on networks that train in a second."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from torch import nn
+from torch.utils.data import DataLoader, TensorDataset
+
+import fxpress
+from fxpress.errors import DataError, OptionError, TrainingError
+from fxpress.runtime.evaluate import Top1
+from fxpress.training.objectives import CrossEntropy, scores
+from fxpress.training.options import SGD, AdamW, TrainingOptions
+from fxpress.training.schedules import Constant, Cosine, OneCycle, Plateau, Step
+
+CLASSES = 4
+
+
+class Small(nn.Module):
+    """Conv, BatchNorm, dropout, linear: scores [N, 4] from [N, 2, 6, 6]."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.norm = nn.Conv2d(2, 8, 3, bias=False), nn.BatchNorm2d(8)
+        self.drop, self.head = nn.Dropout(0.2), nn.Linear(8, CLASSES)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.head(self.drop(torch.relu(self.norm(self.conv(x))).mean((2, 3))))
+
+
+@pytest.fixture(scope="module")
+def data() -> tuple[torch.Tensor, torch.Tensor]:
+    """150 labelled examples whose class shows in the mean of one quarter of the picture."""
+    generator = torch.Generator().manual_seed(0)
+    labels = torch.randint(CLASSES, (150,), generator=generator)
+    inputs = 0.5 * torch.randn(150, 2, 6, 6, generator=generator)
+    for i, label in enumerate(labels.tolist()):
+        inputs[i, label % 2] += 1.5 if label < 2 else -1.5
+    return inputs, labels
+
+
+@pytest.fixture(scope="module")
+def program(data) -> fxpress.Program:
+    torch.manual_seed(0)
+    return fxpress.capture(Small(), (data[0][:2],))
+
+
+def same(first: fxpress.Program, second: fxpress.Program) -> bool:
+    """Are all tensors equal, bit for bit?"""
+    return all(torch.equal(a, b) for a, b in zip(first.state_dict().values(), second.state_dict().values(), strict=True))
+
+
+def test_it_learns_and_leaves_the_argument_alone(program, data):
+    before = {n: t.clone() for n, t in program.state_dict().items()}
+    tuned = fxpress.finetune(program, data, TrainingOptions(epochs=6, optimizer=AdamW(2e-2), batch_size=32))
+    assert Top1([data])(program) < 0.7 < 0.9 < Top1([data])(tuned)
+    assert not tuned.training
+    assert all(torch.equal(t, before[n]) for n, t in program.state_dict().items())
+    assert tuned.log[-1].name == "finetune"
+    assert "mean loss by epoch" in tuned.log[-1].notes[0]
+    assert not torch.equal(tuned.state_dict()["norm.running_mean"], before["norm.running_mean"]), "statistics follow"
+
+
+def test_the_same_seed_gives_the_same_bits_and_another_seed_does_not(program, data):
+    torch.manual_seed(1)
+    first = fxpress.finetune(program, data)
+    after = torch.rand(3)
+    torch.manual_seed(1)
+    assert torch.equal(torch.rand(3), after), "the caller's generator is where it was"
+    torch.manual_seed(2)
+    assert same(first, fxpress.finetune(program, data))
+    assert not same(first, fxpress.finetune(program, data, TrainingOptions(seed=1)))
+
+
+@pytest.mark.parametrize("form", ["list", "arrays", "dataset", "loader", "function"])
+def test_data_of_every_form(program, data, form):
+    inputs, labels = data
+    batches = list(zip(inputs.split(40), labels.split(40)))
+    given = {
+        "list": batches,
+        "arrays": (inputs.numpy(), labels.numpy()),
+        "dataset": TensorDataset(inputs, labels),
+        "loader": DataLoader(TensorDataset(inputs, labels), 40, shuffle=True),
+        "function": lambda: iter(batches),
+    }[form]
+    options = TrainingOptions(batch_size=40, optimizer=AdamW(1e-2), epochs=2)
+    trained = fxpress.train(program, given, options)
+    assert trained.program.log[-1].changes == 8
+    assert trained.history[1].loss < trained.history[0].loss
+    if form in ("arrays", "dataset"):
+        assert same(trained.program, fxpress.finetune(program, batches, options)), "the order is that of the seed"
+    if form == "loader":
+        torch.manual_seed(99)
+        assert same(trained.program, fxpress.finetune(program, given, options)), "a shuffling loader is seeded"
+
+
+def test_every_example_comes_once_an_epoch_in_nearly_equal_batches(program, data):
+    seen = []
+
+    def objective(program, batch):
+        seen.append((batch.step, batch.inputs[0].clone()))
+        return CrossEntropy()(program, batch)
+
+    fxpress.finetune(program, data, TrainingOptions(batch_size=64, epochs=2), objective=objective)
+    assert [step for step, _ in seen] == list(range(6))
+    assert [len(x) for _, x in seen] == [50] * 6
+    for epoch in (seen[:3], seen[3:]):
+        rows = torch.cat([x for _, x in epoch]).flatten(1).sum(1)
+        assert torch.equal(rows.sort().values, data[0].flatten(1).sum(1).sort().values)
+    assert not torch.equal(seen[0][1], seen[3][1])
+
+
+def test_schedules():
+    assert [Constant().factor(d) for d in (0, 0.5, 1)] == [1, 1, 1]
+    assert [Step((0.5, 0.75), 0.1).factor(d) for d in (0.49, 0.5, 0.8)] == pytest.approx([1, 0.1, 0.01])
+    assert [Cosine().factor(d) for d in (0, 0.5, 1)] == pytest.approx([1, 0.5, 0])
+    assert Cosine(0.2).factor(1) == pytest.approx(0.2)
+    cycle = OneCycle()
+    assert [cycle.factor(d) for d in (0, 0.3, 1)] == pytest.approx([0.04, 1, 1e-4])
+    assert [Plateau(patience=1).reduced(n) for n in range(5)] == [False, False, True, False, True]
+
+
+def test_a_schedule_with_warmup_as_the_optimizer_sees_it(program, data):
+    options = TrainingOptions(batch_size=50, epochs=4, warmup=0.25, optimizer=SGD(0.1), schedule=Cosine())
+    rates = [r.learning_rate for r in fxpress.train(program, data, options).history]
+    assert rates[0] == pytest.approx(0.1 * 3 / 4), "12 steps, 3 of them to warm up"
+    expected = [0.1 * (1 + math.cos(math.pi * d)) / 2 for d in ((5 - 3) / 9, (8 - 3) / 9, (11 - 3) / 9)]
+    assert rates[1:] == pytest.approx(expected)
+
+
+def test_decay_skips_norms_and_biases(program, data):
+    options = TrainingOptions(optimizer=SGD(0.1, momentum=0.0, weight_decay=0.5), schedule=Constant(), batch_size=150)
+    nothing = lambda program, batch: 0.0 * scores(program, batch.inputs).sum()  # noqa: E731
+    before, after = program.state_dict(), fxpress.finetune(program, data, options, objective=nothing).state_dict()
+    for name in ("conv.weight", "head.weight"):
+        assert torch.allclose(after[name], before[name] * (1 - 0.1 * 0.5))
+    for name in ("norm.weight", "norm.bias", "head.bias"):
+        assert torch.equal(after[name], before[name])
+
+
+def test_clipping_bounds_the_step(program, data):
+    options = TrainingOptions(optimizer=SGD(1.0, momentum=0.0, weight_decay=0.0), schedule=Constant(), batch_size=150)
+    steep = lambda program, batch: 1000 * CrossEntropy()(program, batch)  # noqa: E731
+
+    def moved(**kw):
+        import dataclasses
+
+        tuned = fxpress.finetune(program, data, dataclasses.replace(options, **kw), objective=steep)
+        pairs = zip(dict(tuned.named_parameters()).values(), dict(program.named_parameters()).values())
+        return math.sqrt(sum(float((a - b).detach().square().sum()) for a, b in pairs))
+
+    assert moved(clip_norm=0.5) == pytest.approx(0.5, rel=1e-3)
+    assert moved() > 10
+
+
+def test_frozen_parameters_stay(program, data):
+    tuned = fxpress.finetune(program, data, TrainingOptions(freeze=("conv.*",)))
+    assert torch.equal(tuned.state_dict()["conv.weight"], program.state_dict()["conv.weight"])
+    assert not torch.equal(tuned.state_dict()["head.weight"], program.state_dict()["head.weight"])
+    with pytest.raises(OptionError, match="matches no parameter"):
+        fxpress.finetune(program, data, TrainingOptions(freeze=("nothing*",)))
+
+
+def test_label_smoothing_is_that_of_torch(program, data):
+    options = TrainingOptions(batch_size=150, label_smoothing=0.2, optimizer=AdamW(1e-9))
+    smoothed = fxpress.train(program, data, options).history[0].loss
+    plain = fxpress.train(program, data, TrainingOptions(batch_size=150, optimizer=AdamW(1e-9))).history[0].loss
+    assert smoothed != pytest.approx(plain, rel=1e-3)
+
+
+def test_the_average_of_the_weights_is_what_is_returned(program, data):
+    seen = []
+
+    def watch(program, batch):
+        seen.append(program.state_dict()["head.bias"].clone())
+        return CrossEntropy()(program, batch)
+
+    options = TrainingOptions(batch_size=75, ema=0.9, optimizer=AdamW(1e-2))
+    tuned = fxpress.finetune(program, data, options, objective=watch)
+    fxpress.finetune(program, data, TrainingOptions(batch_size=75, optimizer=AdamW(1e-2), epochs=1))
+    first, second = seen[0], seen[1]
+    last = fxpress.finetune(program, data, TrainingOptions(batch_size=75, optimizer=AdamW(1e-2))).state_dict()["head.bias"]
+    mean = 0.1 * first + 0.9 * second  # decay (1 + 0) / (10 + 0)
+    mean = 2 / 11 * mean + 9 / 11 * last
+    assert torch.allclose(tuned.state_dict()["head.bias"], mean, atol=1e-6)
+
+
+def test_the_best_epoch_is_kept_and_patience_stops(program, data):
+    judged = iter([0.5, 0.9, 0.4, 0.3, 0.2, 0.1])
+    states = []
+
+    def evaluate(run):
+        run(data[0][:2])
+        return next(judged)
+
+    def on_epoch(program, number):
+        states.append({n: t.clone() for n, t in program.state_dict().items()})
+
+    options = TrainingOptions(epochs=6, patience=2, optimizer=AdamW(1e-2))
+    trained = fxpress.train(program, data, options, evaluate=evaluate, on_epoch=on_epoch)
+    assert [r.metric for r in trained.history] == [0.5, 0.9, 0.4, 0.3], "two epochs without gain end it"
+    assert trained.kept == trained.history[1]
+    assert all(torch.equal(t, states[2][n]) for n, t in trained.program.state_dict().items())
+
+
+def test_a_plateau_lowers_the_rate(program, data):
+    metrics = iter([0.9, 0.8, 0.8, 0.8, 0.8])
+    options = TrainingOptions(epochs=5, schedule=Plateau(gamma=0.5, patience=1), optimizer=SGD(0.1), keep="last")
+    history = fxpress.train(program, data, options, evaluate=lambda run: next(metrics)).history
+    assert [r.learning_rate for r in history] == pytest.approx([0.1, 0.1, 0.1, 0.05, 0.05])
+
+
+def test_held_out_examples_judge_and_are_not_trained_on(program, data):
+    trained_on = []
+
+    def objective(program, batch):
+        trained_on.extend(x.numpy().tobytes() for x in batch.inputs[0])
+        return CrossEntropy()(program, batch)
+
+    trained = fxpress.train(program, data, TrainingOptions(hold_out=0.2, epochs=2), objective=objective)
+    assert len(set(trained_on)) == 120
+    assert trained.history[0].metric is not None
+    assert 0 <= trained.history[0].metric <= 1
+
+
+def test_bfloat16_where_the_device_has_it(program, data):
+    options = TrainingOptions(precision="bfloat16", optimizer=AdamW(1e-2))
+    if not torch.ops.mkldnn._is_mkldnn_bf16_supported():
+        with pytest.raises(OptionError, match="does not compute in bfloat16"):
+            fxpress.finetune(program, data, options)
+        return
+    tuned = fxpress.finetune(program, data, options)
+    assert all(p.dtype == torch.float32 for p in tuned.parameters())
+    assert not same(tuned, fxpress.finetune(program, data, TrainingOptions(optimizer=AdamW(1e-2))))
+
+
+def test_an_objective_with_weights_trains_them(program, data):
+    class Scaled(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.temperature = nn.Parameter(torch.ones(()))
+
+        def forward(self, program, batch):
+            return nn.functional.cross_entropy(scores(program, batch.inputs) * self.temperature, batch.labels)
+
+    objective = Scaled()
+    fxpress.finetune(program, data, TrainingOptions(optimizer=AdamW(1e-2)), objective=objective)
+    assert float(objective.temperature) != 1
+
+
+@pytest.mark.parametrize(
+    ("choices", "words"),
+    [
+        ({"checkpoint_every": 3}, "checkpoint_every has no effect"),
+        ({"options": TrainingOptions(patience=2)}, "patience has no effect"),
+        ({"options": TrainingOptions(keep="best")}, "keep has no effect"),
+        ({"options": TrainingOptions(hold_out=0.1), "evaluate": lambda run: 0.0}, "hold_out has no effect"),
+        ({"options": TrainingOptions(warmup=0.1, schedule=OneCycle())}, "one-cycle"),
+        ({"options": TrainingOptions(precision="float16", device="cpu")}, "does not compute in float16"),
+        ({"options": TrainingOptions(label_smoothing=0.1), "objective": CrossEntropy()}, "label_smoothing has no effect"),
+    ],
+)
+def test_options_without_effect_are_refused(program, data, choices, words):
+    with pytest.raises(OptionError, match=words):
+        fxpress.finetune(program, data, **choices)
+
+
+@pytest.mark.parametrize("bad", [{"epochs": 0}, {"ema": 1.5}, {"precision": "int8"}, {"hold_out": 1.0}, {"clip_norm": 0}])
+def test_bad_values_are_refused(bad):
+    with pytest.raises(OptionError, match=next(iter(bad))):
+        TrainingOptions(**bad)
+
+
+def test_bad_data_and_objectives_are_explained(program, data):
+    inputs, labels = data
+    with pytest.raises(DataError, match="no labels"):
+        fxpress.finetune(program, [inputs])
+    with pytest.raises(DataError, match="labels go from"):
+        fxpress.finetune(program, (inputs, labels + 2))
+    with pytest.raises(DataError, match="do not fit an output"):
+        fxpress.finetune(program, (inputs, inputs))
+    with pytest.raises(TrainingError, match="does not depend on the weights"):
+        fxpress.finetune(program, data, objective=lambda program, batch: torch.zeros(()))
+    with pytest.raises(TrainingError, match="a scalar"):
+        fxpress.finetune(program, data, objective=lambda program, batch: scores(program, batch.inputs))
+    with pytest.raises(TrainingError, match="ZeroDivisionError") as caught:
+        fxpress.finetune(program, data, objective=lambda program, batch: 1 / 0)
+    assert "test_training.py" in str(caught.value)

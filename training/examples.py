@@ -1,0 +1,224 @@
+"""The examples of a training, in an order that depends on the seed and the epoch alone.
+
+A step's batch is the same set of examples however many processes there are: each process takes its own part of it. So
+two processes train as one does, up to rounding (and BatchNorm, which sees only its process's part).
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Iterator, Sized
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any, Protocol, cast
+
+import numpy as np
+import torch
+from torch.utils.data import DataLoader, Dataset
+
+from ..errors import DataError, OptionError
+from ..frontend.batches import Batches, as_batches, examples_in
+from ..frontend.data import Data
+from ..frontend.program import Program
+from ..runtime.feed import has_dynamic_batch
+from .seeding import generator_for, seed_all
+
+Inputs = tuple[torch.Tensor, ...]
+Augment = Callable[[Inputs, torch.Generator], Inputs]
+_HELD_BYTES = 2**31  # streams up to this size are read once and kept
+
+
+@dataclass(frozen=True)
+class Part:
+    """Which process this is, of how many."""
+
+    rank: int = 0
+    count: int = 1
+
+    def of(self, size: int) -> slice:
+        """This process's part of `size` examples; parts differ by at most one example."""
+        return slice(size * self.rank // self.count, size * (self.rank + 1) // self.count)
+
+
+@dataclass(frozen=True)
+class Slot:
+    """One step's examples for this process. `weight` makes the mean over processes of `weight * loss` the mean over the
+    whole batch, whose size is `total`."""
+
+    inputs: Inputs
+    labels: torch.Tensor
+    weight: float
+    total: int
+
+
+class Examples(Protocol):
+    """The examples of a training."""
+
+    @property
+    def steps(self) -> int:
+        """Batches in an epoch."""
+
+    def epoch(self, number: int, skip: int, part: Part) -> Iterator[Slot]:
+        """This process's part of the batches of epoch `number`, without the first `skip`."""
+
+
+@dataclass
+class Held:
+    """Examples in memory: inputs and labels, each [N, ...], drawn anew each epoch.
+
+    Every example comes once in an epoch, in batches that differ by at most one example: no short batch at the end.
+    """
+
+    inputs: Inputs
+    labels: torch.Tensor
+    batch_size: int
+    seed: int
+
+    @property
+    def steps(self) -> int:
+        return -(-len(self.labels) // self.batch_size)
+
+    def epoch(self, number: int, skip: int, part: Part) -> Iterator[Slot]:
+        for rows in drawn(len(self.labels), self.steps, self.seed, number)[skip:]:
+            mine = rows[part.of(len(rows))]
+            _require_some(len(mine), len(rows), part)
+            yield Slot(tuple(t[mine] for t in self.inputs), self.labels[mine], _weight(mine, rows, part), len(rows))
+
+    def split(self, share: float) -> tuple[Held, Held]:
+        """What to train on and what to judge on: `share` of the examples, drawn by the seed."""
+        count = round(share * len(self.labels))
+        if not 0 < count < len(self.labels):
+            raise OptionError(f"hold_out={share} takes {count} of {len(self.labels)} examples", hint="give more data")
+        order = torch.randperm(len(self.labels), generator=generator_for(self.seed, "hold-out"))
+        return self._rows(order[count:]), self._rows(order[:count])
+
+    def _rows(self, rows: torch.Tensor) -> Held:
+        return Held(tuple(t[rows] for t in self.inputs), self.labels[rows], self.batch_size, self.seed)
+
+    def batches(self) -> Iterator[tuple[Inputs, torch.Tensor]]:
+        """All examples in their order."""
+        for rows in torch.arange(len(self.labels)).split(self.batch_size):
+            yield tuple(t[rows] for t in self.inputs), self.labels[rows]
+
+
+@dataclass
+class Indexed:
+    """A map-style dataset, examples read one by one, each epoch in an order of its own; only what a process needs is
+    read by it. Randomness inside the dataset is the user's to seed."""
+
+    program: Program
+    dataset: Any
+    batch_size: int
+    seed: int
+    workers: int = 0
+
+    @property
+    def steps(self) -> int:
+        return -(-len(self.dataset) // self.batch_size)
+
+    def epoch(self, number: int, skip: int, part: Part) -> Iterator[Slot]:
+        whole = drawn(len(self.dataset), self.steps, self.seed, number)[skip:]
+        mine = [rows[part.of(len(rows))] for rows in whole]
+        for rows, own in zip(whole, mine):
+            _require_some(len(own), len(rows), part)
+        loader = DataLoader(self.dataset, batch_sampler=[r.tolist() for r in mine], num_workers=self.workers)
+        checked = Batches(self.program, lambda: loader).labelled()
+        for (inputs, labels), rows, own in zip(checked, whole, mine, strict=True):
+            yield Slot(inputs, labels, _weight(own, rows, part), len(rows))
+
+
+@dataclass
+class Streamed:
+    """Batches as the data give them, in their order; every process reads all and takes its part of each.
+
+    The source is started anew for each epoch, and the global generators are seeded by its place before each batch, so
+    that a shuffling DataLoader gives each process, and a resumed run, the same examples.
+    """
+
+    data: Batches
+    seed: int
+    @cached_property
+    def steps(self) -> int:
+        source = self.data.source()
+        return len(source) if isinstance(source, Sized) else sum(1 for _ in source)
+
+    def epoch(self, number: int, skip: int, part: Part) -> Iterator[Slot]:
+        for index, (inputs, labels) in enumerate(self._seeded(number)):
+            if index < skip:
+                continue
+            size = examples_in(inputs)
+            mine = range(size)[part.of(size)]
+            _require_some(len(mine), size, part)
+            rows = slice(mine.start, mine.stop)
+            own = tuple(t[rows] if t.ndim and len(t) == size else t for t in inputs)
+            yield Slot(own, labels[rows], len(mine) * part.count / size, size)
+
+    def _seeded(self, epoch: int) -> Iterator[tuple[Inputs, torch.Tensor]]:
+        batches = self.data.labelled()
+        for index in itertools.count():
+            seed_all(self.seed, "data", epoch, index)
+            batch = next(batches, None)
+            if batch is None:
+                return
+            yield batch
+
+
+def drawn(count: int, steps: int, seed: int, epoch: int) -> list[torch.Tensor]:
+    """The rows of each batch of an epoch: 0..count-1 in random order, in `steps` nearly equal pieces."""
+    order = torch.randperm(count, generator=generator_for(seed, "order", epoch))
+    return list(order.tensor_split(steps))
+
+
+def as_examples(
+    program: Program, data: Any, batch_size: int, seed: int, workers: int = 0
+) -> Held | Indexed | Streamed:
+    """Labelled data in the form in which it is trained on. Raises DataError where they do not fit or have no labels.
+
+    A tuple (inputs..., labels) of tensors or arrays, a list of labelled batches, and pictures or arrays opened by name
+    are held in memory (up to 2 GB) and drawn at random. A map-style `Dataset` of single examples is read by
+    index, at random. A `DataLoader`, a function and any other iterable stream: their batches are the steps, in their
+    order, and they are started anew for each epoch.
+    """
+    if isinstance(data, Dataset) and hasattr(data, "__len__"):
+        if len(cast(Sized, data)) == 0:
+            raise DataError("the dataset is empty", hint="give at least one example")
+        return Indexed(program, data, batch_size, seed, workers)
+    if workers:
+        raise OptionError("workers have no effect on these data", hint="give a torch Dataset of single examples")
+    whole = _one_set(program, data)
+    batches = as_batches(program, whole or data)
+    finite = isinstance(batches.source(), list) or (isinstance(data, Data) and data.count is not None)
+    held = hold(batches, batch_size, seed) if finite and has_dynamic_batch(program) else None
+    return held or Streamed(batches, seed)
+
+
+def hold(batches: Batches, batch_size: int, seed: int) -> Held | None:
+    """All examples in memory, or None where they take more than 2 GB."""
+    parts, total = [], 0
+    for inputs, labels in batches.labelled():
+        parts.append((*inputs, labels))
+        total += sum(t.nbytes for t in parts[-1])
+        if total > _HELD_BYTES or not all(t.ndim for t in parts[-1]):
+            return None
+    *tensors, labels = (torch.cat(pieces) for pieces in zip(*parts))
+    return Held(tuple(tensors), labels, batch_size, seed)
+
+
+def _one_set(program: Program, data: Any) -> list[tuple[Any, ...]] | None:
+    """`data` as one batch, if they are a tuple (inputs..., labels) of all examples."""
+    if not isinstance(data, tuple) or len(data) != len(program.inputs) + 1:
+        return None
+    arrays = all(isinstance(t, (torch.Tensor, np.ndarray)) and t.ndim for t in data)
+    return [data] if arrays and len({len(t) for t in data}) == 1 else None
+
+
+def _weight(mine: Sized, whole: Sized, part: Part) -> float:
+    return len(mine) * part.count / len(whole)
+
+
+def _require_some(mine: int, whole: int, part: Part) -> None:
+    if mine == 0:
+        raise DataError(
+            f"a batch of {whole} examples is shared by {part.count} processes, and one of them has nothing to do",
+            hint="give a larger batch_size, or start fewer processes",
+        )

@@ -1,0 +1,72 @@
+"""What is minimized: a function `(program, batch) -> loss`, so that labels, distillation and penalties compose.
+
+An objective returns a scalar, the mean over the examples of the batch. It may depend on the batch, on `batch.step` and
+on nothing that an earlier call left behind, or a resumed run would differ. One with weights of its own (adapters, say)
+is an `nn.Module`: they are trained and kept in checkpoints beside those of the program.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+from torch.nn import functional
+from torch.utils import _pytree as pytree
+
+from ..errors import DataError
+from ..frontend.program import Program
+from ..runtime.feed import leaves
+
+
+class Batch(NamedTuple):
+    """The part of a step's examples that this process works on: inputs in the order of `program.inputs`, labels, and
+    the number of the step from the beginning of the training, from 0."""
+
+    inputs: tuple[torch.Tensor, ...]
+    labels: torch.Tensor
+    step: int = 0
+
+
+Objective = Callable[[Program, Batch], torch.Tensor]
+
+
+def call(program: Program, inputs: tuple[torch.Tensor, ...]) -> Any:
+    """What the user's module returns for flat inputs, with gradients."""
+    args, kwargs = pytree.tree_unflatten(leaves(program, inputs), program.input_spec)
+    return program.graph_module(*args, **kwargs)
+
+
+def scores(program: Program, inputs: tuple[torch.Tensor, ...]) -> torch.Tensor:
+    """The first output, in float32, with gradients."""
+    result = pytree.tree_leaves(call(program, inputs))
+    return result[0].float()
+
+
+@dataclass(frozen=True)
+class CrossEntropy:
+    """Cross entropy of the first output [N, classes, ...] with class numbers [N, ...] or shares [N, classes, ...]."""
+
+    label_smoothing: float = 0.0
+
+    def __call__(self, program: Program, batch: Batch) -> torch.Tensor:
+        output = scores(program, batch.inputs)
+        check_classes(output, batch.labels)
+        return functional.cross_entropy(output, batch.labels, label_smoothing=self.label_smoothing)
+
+
+def check_classes(output: torch.Tensor, labels: torch.Tensor) -> None:
+    """Raise DataError unless `labels` are class numbers or shares of classes for `output`."""
+    shares = labels.is_floating_point()
+    expected = output.shape if shares else (output.shape[0], *output.shape[2:])
+    if output.ndim < 2 or tuple(labels.shape) != tuple(expected):
+        raise DataError(
+            f"labels of shape {list(labels.shape)} ({labels.dtype}) do not fit an output of shape {list(output.shape)}",
+            hint="cross entropy takes one class number per example; for other tasks give an objective of your own",
+        )
+    if not shares and labels.numel() and not 0 <= int(labels.min()) <= int(labels.max()) < output.shape[1]:
+        raise DataError(
+            f"labels go from {int(labels.min())} to {int(labels.max())}, the model has {output.shape[1]} classes",
+            hint="check that data and model belong together",
+        )
