@@ -39,6 +39,7 @@ from .session import Session, make_session
 _FORMAT = "fxpress-latency-table-1"
 # Kernels that a cut-out program has at its borders and the model, within, has not.
 _BORDER = frozenset({"ReorderInput", "ReorderOutput", "QuantizeLinear", "DequantizeLinear"})
+_KERNEL = "_kernel_time"
 _WARM_UP = 3
 _FOREIGN_BYTES = 4 << 20
 _SAVE_EVERY = 20.0  # seconds
@@ -142,8 +143,24 @@ class MeasuredLatencies:
         return lower(PassManager(passes, check_numbers=False).run(program, context)).SerializeToString()
 
 
-def kernel_seconds(model: bytes, effort: float, threads: int = 1) -> float:
-    """How long the kernels of an ONNX model with fixed shapes take, borders left out. Runs for about `effort` s."""
+def at_border(op: str, node: str) -> bool:
+    """Does a kernel only stand at the borders of a cut-out program?"""
+    return op in _BORDER
+
+
+def kernel_seconds(
+    model: bytes, effort: float, threads: int = 1, ignored: Callable[[str, str], bool] = at_border
+) -> float:
+    """How long the kernels of an ONNX model with fixed shapes take. Runs for about `effort` s.
+
+    `ignored(op, node name)` says which kernels are left out: those at the borders.
+    """
+    runs = profile(model, effort, threads)
+    return _faster_half([sum(s for op, node, s in run if not ignored(op, node)) for run in runs])
+
+
+def profile(model: bytes, effort: float, threads: int = 1) -> list[list[tuple[str, str, float]]]:
+    """The kernels (op, node, seconds) of each run of an ONNX model with fixed shapes, as they followed each other."""
     with tempfile.TemporaryDirectory() as folder:
         session = make_session(model, threads=threads, profile=Path(folder) / "profile")
         inputs = tuple(_some_input(session, i) for i in range(len(session.input_names)))
@@ -156,7 +173,7 @@ def kernel_seconds(model: bytes, effort: float, threads: int = 1) -> float:
             others += 1  # within a model, the other layers have filled the caches in between
             session.run(*inputs)
         events = json.loads(Path(session.inner.end_profiling()).read_text())
-    return _faster_half(_kernel_times(events)[_WARM_UP:])
+    return _runs(events)[_WARM_UP:]
 
 
 def _some_input(session: Session, index: int) -> np.ndarray:
@@ -166,18 +183,16 @@ def _some_input(session: Session, index: int) -> np.ndarray:
     return np.full(shape, dtype == "bool", dtype=dtype)
 
 
-def _kernel_times(events: list[dict[str, Any]]) -> list[float]:
-    """The sum of kernel times, in seconds, of each run in a profile of ONNX Runtime."""
-    runs: list[float] = []
-    total = 0.0
+def _runs(events: list[dict[str, Any]]) -> list[list[tuple[str, str, float]]]:
+    """The kernels of each run in a profile of ONNX Runtime."""
+    runs: list[list[tuple[str, str, float]]] = [[]]
     for event in events:
-        if event.get("cat") == "Node" and event["name"].endswith("_kernel_time"):
-            if event["args"]["op_name"] not in _BORDER:
-                total += event["dur"] * 1e-6
-        elif event.get("name") == "model_run":
-            runs.append(total)
-            total = 0.0
-    return runs
+        name = str(event.get("name"))
+        if event.get("cat") == "Node" and name.endswith(_KERNEL):
+            runs[-1].append((event["args"]["op_name"], name.removesuffix(_KERNEL), event["dur"] * 1e-6))
+        elif name == "model_run":
+            runs.append([])
+    return runs[:-1]
 
 
 def _faster_half(times: list[float]) -> float:

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from onnx_ir import Value
 
 from .emit import Emitter, Operand, spread
+from .float_layers import float_input
 from .table import row
 
 
@@ -125,7 +126,7 @@ def convolution(
 
 def _batched(g: Emitter, x: Operand, weight: Operand) -> Value:
     """ONNX wants a batch dimension; torch takes a single example too."""
-    return x.value if x.rank == weight.rank else g.op("Unsqueeze", x, g.ints([0]))
+    return float_input(g, x, weight) if x.rank == weight.rank else g.op("Unsqueeze", x, g.ints([0]))
 
 
 def _unbatched(g: Emitter, x: Operand, weight: Operand, result: Value) -> Value:

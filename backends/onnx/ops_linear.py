@@ -13,6 +13,7 @@ import torch
 from onnx_ir import Value
 
 from .emit import Emitter, Number, Operand, is_broadcast_one
+from .float_layers import float_input
 from .sizes import Size
 from .table import row
 
@@ -24,7 +25,7 @@ def linear(g: Emitter, x: Operand, weight: Operand, bias: Operand | None) -> Val
         product = g.op("MatMul", x, weight)
         return product if bias is None else g.op("Add", product, bias)
     if x.rank == 2:
-        return g.op("Gemm", x, weight, bias, transB=1)
+        return g.op("Gemm", float_input(g, x, weight), weight, bias, transB=1)
     if x.rank > 2 and weight.contents is None:
         return _flat_gemm(g, x, weight, bias)
     product = g.op("MatMul", x, g.transposed(weight))
@@ -45,7 +46,7 @@ def _flat_gemm(g: Emitter, x: Operand, weight: Operand, bias: Operand | None) ->
 def addmm(g: Emitter, x: Operand, mat1: Operand, mat2: Operand, beta: Number, alpha: Number) -> Value:
     """beta * x + alpha * mat1 @ mat2."""
     if mat1.is_float and isinstance(beta, (int, float)) and isinstance(alpha, (int, float)):
-        return g.op("Gemm", mat1, mat2, x, alpha=float(alpha), beta=float(beta))
+        return g.op("Gemm", float_input(g, mat1, mat2), mat2, x, alpha=float(alpha), beta=float(beta))
     product = g.op("Mul", g.op("MatMul", mat1, mat2), g.number(alpha, mat1.dtype))
     return g.op("Add", g.op("Mul", x, g.number(beta, x.dtype)), product)
 

@@ -11,11 +11,12 @@ import hashlib
 from collections.abc import Collection, Iterable
 from functools import cached_property
 
+import numpy as np
 import onnx
 from onnx import TensorProto
 
 NODE = "fxpress.node"  # the metadata of an ONNX node that names the node of the program
-_SMALL = 64  # bytes: constants that may decide which kernel is chosen (zero points, shapes)
+_SMALL = 128  # bytes: shapes and axes
 _LARGE = 4096  # bytes: initializers above are not needed to infer shapes
 
 
@@ -124,10 +125,14 @@ def _first_use(model: onnx.ModelProto, name: str) -> tuple[int, int]:
 
 
 def _content(tensor: TensorProto) -> str:
-    """Small integers, which zero points and shapes are; scales and weights have no part in the choice of a kernel."""
-    if tensor.data_type in (TensorProto.FLOAT, TensorProto.FLOAT16, TensorProto.DOUBLE) or tensor.ByteSize() > _SMALL:
-        return ""
-    return str(onnx.numpy_helper.to_array(tensor).ravel().tolist())
+    """Shapes and axes, and which zero points are the smallest number (a Relu before one vanishes); other values have
+    no part in the choice of a kernel."""
+    if tensor.data_type == TensorProto.INT64 and tensor.ByteSize() <= _SMALL:
+        return str(onnx.numpy_helper.to_array(tensor).ravel().tolist())
+    if tensor.data_type in (TensorProto.UINT8, TensorProto.INT8) and not tensor.dims:
+        value = onnx.numpy_helper.to_array(tensor)
+        return "lowest" if value == np.iinfo(value.dtype).min else "zero" if value == 0 else "inner"
+    return ""
 
 
 def _dims(value: onnx.ValueInfoProto) -> Collection[int | str]:

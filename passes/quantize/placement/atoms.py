@@ -14,7 +14,7 @@ import torch
 from torch import fx
 
 from ....frontend.program import Program, module_path
-from ..annotate import ABSORBED, annotate_program, annotation
+from ..annotate import annotate_program, annotation
 from ..spec import Target
 
 ORIGIN = "placement_origin"  # in a node's meta["custom"]: the float node that it was made of

@@ -1,0 +1,194 @@
+"""What each atom of a placement takes in float and on integers, measured in ONNX Runtime on this machine.
+
+The float model and the integer model are written once and cut into parts, one for each atom in either form; each part
+is timed alone (`kernel_seconds`) and remembered by what it computes (`signature`). Left out are kernels that a part
+has only because it was cut: changes of layout and conversions at its borders. Those that a border between float and
+integers really needs are timed on their own, by the shape of the tensor, between two convolutions: QuantizeLinear or
+DequantizeLinear with the changes of layout around it. What fuses in float (Conv + Add + Relu) is timed fused, too.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+
+import onnx
+
+from ..backends.onnx.lower import lower
+from ..backends.onnx.part import Parts, node_of, signature
+from ..frontend.program import Program, describe_tensors
+from ..passes.base import Context, Pass
+from ..passes.prune.budgets.units import at_batch_one, find_units
+from ..passes.quantize.placement.atoms import Atoms, origin, with_origins
+from ..passes.quantize.placement.minimum_cut import Atom, Problem, Saving, Tensor
+from ..passes.verify import check_structure
+from .conversions import conversion_model, conversion_seconds
+from .feed import example_tensors, take
+from .latency import LatencyTable, kernel_seconds
+
+_LAYOUT = frozenset({"ReorderInput", "ReorderOutput"})
+_CONVERSIONS = frozenset({"QuantizeLinear", "DequantizeLinear"})
+_FLOAT = onnx.TensorProto.FLOAT
+
+
+@dataclass
+class PartClock:
+    """Times parts and conversions, from the table where they are known. `measured` counts what was not."""
+
+    table: LatencyTable
+    threads: int = 1
+    effort: float = 0.015
+    measured: int = 0
+    _seen: dict[str, float] = field(default_factory=dict)
+
+    def part(self, model: onnx.ModelProto) -> float:
+        """The kernel time of a part."""
+        return self._known(f"part {signature(model)}", lambda: self._time_part(model))
+
+    def conversions(self, shape: tuple[int, ...], within: bool) -> tuple[float, float]:
+        """(quantize, dequantize) of a tensor; `within` a model there are changes of layout besides."""
+        key = f"{list(shape)} {'within' if within else 'alone'}"
+        both: list[tuple[float, float]] = []
+
+        def measure(which: int) -> Callable[[], float]:
+            def timed() -> float:
+                if not both:
+                    both.append(conversion_seconds(conversion_model(shape, within), self.effort, self.threads))
+                return both[0][which]
+
+            return timed
+
+        return self._known(f"quantize {key}", measure(0)), self._known(f"dequantize {key}", measure(1))
+
+    def _time_part(self, model: onnx.ModelProto) -> float:
+        own = {n.name for n in model.graph.node}
+        borders = _LAYOUT
+        if any(i.type.tensor_type.elem_type == _FLOAT for i in model.graph.input):
+            borders = _LAYOUT | _CONVERSIONS
+
+        def ignored(op: str, node: str) -> bool:
+            # The runtime adds transposes around integer convolutions, which it takes away again between two.
+            return op in borders or (op == "Transpose" and node not in own)
+
+        return kernel_seconds(model.SerializeToString(), self.effort, self.threads, ignored)
+
+    def _known(self, key: str, measure: Callable[[], float]) -> float:
+        if key in self._seen:
+            return self._seen[key]
+        seconds = self.table.get(key)
+        if seconds is None:
+            seconds = measure()
+            self.table.put(key, seconds)
+            self.measured += 1
+        self._seen[key] = seconds
+        return seconds
+
+
+def measure_problem(
+    program: Program,
+    atoms: Atoms,
+    passes: Iterable[Pass],
+    context: Context,
+    clock: PartClock,
+    tell: Callable[[int, int], None] | None = None,
+) -> Problem:
+    """All costs of placing `program`, whose atoms are given; `passes` put all movable atoms on integers."""
+    one = at_one_example(program)
+    floating = _timed_parts(lower(one), {name: name for name in atoms.atom_of}, atoms)
+    integer = _timed_parts(*_integer_model(one, passes, context), atoms)
+    times = _Times(clock, floating, integer, tell)
+    costs = [times.atom(i, atoms) for i in range(len(atoms.members))]
+    outside = len(costs)  # what reads the program's outputs, in float
+    tensors = [_tensor(one, name, readers, atoms, clock, outside) for name, readers in atoms.values]
+    chains = [_chain(unit.members, atoms) for unit in find_units(one)]
+    savings = [s for chain in chains for s in times.savings(chain, costs)]
+    clock.table.save()
+    return Problem((*costs, Atom("outputs")), tuple(t for t in tensors if t is not None), tuple(savings))
+
+
+def at_one_example(program: Program) -> Program:
+    """A copy with fixed shapes, for a single example."""
+    one = at_batch_one(program)
+    inputs, outputs = one.tensor_placeholders(), one.output_nodes()
+    single = iter(take(program, example_tensors(program), 1))
+    one.inputs = describe_tensors(inputs, [i.name for i in program.inputs], {})
+    one.outputs = describe_tensors(outputs, [o.name for o in program.outputs], {})
+    one.example_inputs = tuple(next(single) if hasattr(x, "shape") else x for x in program.example_inputs)
+    return one
+
+
+def _integer_model(one: Program, passes: Iterable[Pass], context: Context) -> tuple[onnx.ModelProto, dict[str, str]]:
+    """The quantized model, and for each of its nodes the float node that it was made of."""
+    marked = with_origins(one)
+    alone = Context(context.target, [example_tensors(one)], seed=context.seed)
+    for item in passes:
+        item.run(marked, alone)
+    check_structure(marked, "placement")
+    return lower(marked), {n.name: origin(n) for n in marked.graph.nodes}
+
+
+def _timed_parts(
+    model: onnx.ModelProto, origins: dict[str, str], atoms: Atoms
+) -> Callable[[Iterable[int]], onnx.ModelProto | None]:
+    """Atoms (by index) -> the part of `model` that computes them."""
+    parts, atom_of = Parts(model), atoms.atom_of
+    nodes: dict[int, list[onnx.NodeProto]] = {}
+    for node in parts.nodes:
+        atom = atom_of.get(origins.get(node_of(node), ""))
+        if atom is not None:
+            nodes.setdefault(atom, []).append(node)
+    return lambda wanted: parts.part(n for i in wanted for n in nodes.get(i, ()))
+
+
+@dataclass
+class _Times:
+    """Asks the clock for atoms and chains of atoms."""
+
+    clock: PartClock
+    floating: Callable[[Iterable[int]], onnx.ModelProto | None]
+    integer: Callable[[Iterable[int]], onnx.ModelProto | None]
+    tell: Callable[[int, int], None] | None = None
+
+    def atom(self, index: int, atoms: Atoms) -> Atom:
+        """The cost of one atom in both forms; what computes nothing of its own costs nothing."""
+        if self.tell:
+            self.tell(index, len(atoms.members))
+        floating = self._seconds(self.floating, (index,))
+        integer = self._seconds(self.integer, (index,)) if index in atoms.movable else None
+        return Atom(atoms.members[index][0], floating, integer)
+
+    def savings(self, chain: tuple[int, ...], costs: list[Atom]) -> Iterable[Saving]:
+        """What atoms that fuse in float save, each against the chain before it."""
+        before = costs[chain[0]].floating or 0.0
+        for i in range(1, len(chain)):
+            alone = costs[chain[i]].floating or 0.0
+            together = self._seconds(self.floating, chain[: i + 1])
+            if before + alone > together:
+                yield Saving(chain[i - 1], chain[i], before + alone - together)
+            before = together
+
+    def _seconds(self, parts: Callable[[Iterable[int]], onnx.ModelProto | None], wanted: Iterable[int]) -> float:
+        part = parts(wanted)
+        return 0.0 if part is None else self.clock.part(part)
+
+
+def _chain(members: Iterable[object], atoms: Atoms) -> tuple[int, ...]:
+    """The atoms that a float kernel consists of, in order."""
+    atom_of = atoms.atom_of
+    indices = [atom_of[n.name] for n in members if n.name in atom_of]  # type: ignore[attr-defined]
+    return tuple(dict.fromkeys(indices))
+
+
+def _tensor(
+    one: Program, name: str, readers: tuple[int, ...], atoms: Atoms, clock: PartClock, outside: int
+) -> Tensor | None:
+    """The conversions of one value; None where nobody can take it as integers."""
+    producer = atoms.atom_of[name]
+    if producer not in atoms.movable and atoms.movable.isdisjoint(readers):
+        return None
+    node = next(n for n in one.graph.nodes if n.name == name)
+    shape = tuple(int(s) for s in node.meta["val"].shape)
+    within = node.op == "call_function" and len(shape) == 4 and math.prod(shape[2:]) > 1
+    quantize, dequantize = clock.conversions(shape, within)
+    return Tensor(producer, tuple(outside if r < 0 else r for r in readers), quantize, dequantize)
