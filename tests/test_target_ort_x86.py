@@ -103,6 +103,20 @@ class Tokens(nn.Module):
         return x + self.mlp(x)
 
 
+class Attention(nn.Module):
+    """Two heads over pixels, and the layer behind them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.qkv, self.last = nn.Linear(8, 24), nn.Linear(8, 8)
+
+    def forward(self, x):
+        x = x.flatten(2).transpose(1, 2)
+        q, k, v = self.qkv(x).reshape(x.shape[0], 144, 3, 2, 4).permute(2, 0, 3, 1, 4).unbind(0)
+        y = nn.functional.scaled_dot_product_attention(q, k, v)
+        return self.last(y.transpose(1, 2).reshape(x.shape))
+
+
 # Pattern -> ops that the optimized graph must have (with how often), and ops that it must not have.
 FLOAT_CONVS = ("Conv", "FusedConv")
 INTEGER = {
@@ -245,6 +259,40 @@ def test_addmm_with_parameters_is_a_linear_layer():
     x = torch.randn(3, 8, 12, 12)
     assert check_layers(quantized, (x,)).max_steps <= 1
     torch.testing.assert_close(quantized(x), module(x), rtol=0.05, atol=0.05)
+
+
+@pytest.mark.parametrize("options", ["forms=[attention]", "use_integer=[scaled_dot*]"])
+def test_attention_on_integers_is_a_form_that_is_off(options):
+    """Scores come out in float for the softmax, the second product feeds the next layer; its scale costs nothing."""
+    _, model = compiled(Attention())
+    assert {"MatMulIntegerToFloat", "QLinearMatMul"}.isdisjoint(operators(model))
+    assert len(measure_coverage(model).islands) == 2
+    quantized, model = compiled(Attention(), pipeline=f"{PIPELINE}{{{options}}}")
+    got = operators(model)
+    wanted = {"MatMulIntegerToFloat": 1, "QLinearMatMul": 1, "Mul": 0, "QuantizeLinear": 2}  # tokens, softmax's weights
+    assert {op: got.get(op, 0) for op in wanted} == wanted, got
+    assert measure_coverage(model).integer_macs == 1.0
+    layers = check_layers(quantized, (torch.randn(3, 8, 12, 12),))
+    assert layers.max_steps <= 1
+
+
+def test_forms_that_do_not_exist_or_change_nothing_are_refused():
+    for options, message in {
+        "forms=[atention]": "no form of ort-x86",
+        "forms=[-attention]": "off already",
+        "use_integer=[first]": "no optional row",
+        "use_integer=[nowhere]": "names no node",
+    }.items():
+        with pytest.raises(OptionError, match=message):
+            compiled(Between(nn.ReLU()), pipeline=f"{PIPELINE}{{{options}}}")
+
+
+def test_a_product_with_a_number_is_another_scale():
+    quantized, model = compiled(Between(lambda x: (x * 0.25).view(-1, 8, 12, 12) / 3.0))
+    got = operators(model)
+    assert {"Mul", "QLinearMul", "Div"}.isdisjoint(got), got
+    assert got["QuantizeLinear"] == 1, got
+    assert check_layers(quantized, (torch.randn(3, 8, 12, 12),)).max_steps <= 1
 
 
 @pytest.mark.parametrize("dims", [1, 3])

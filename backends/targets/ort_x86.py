@@ -10,6 +10,7 @@ from __future__ import annotations
 import torch
 
 from ...passes.quantize.conditions import (
+    by_positive_number,
     constant_weights,
     floating,
     four_dimensional,
@@ -39,7 +40,13 @@ TARGET = Target(
         "aten.clamp.default",
         "aten.clamp_min.default",
     ),
-    expand=("aten.silu.default", "aten.avg_pool2d.default", "aten.linear.default", "aten.addmm.default"),
+    expand=(
+        "aten.silu.default",
+        "aten.avg_pool2d.default",
+        "aten.linear.default",
+        "aten.addmm.default",
+        "aten.scaled_dot_product_attention.default",
+    ),
     isolate=("aten.softmax.int", "aten._softmax.default"),
     rows=(
         # Conv with quantized input and output: QLinearConv. Without a quantized output it would run in float and
@@ -64,7 +71,19 @@ TARGET = Target(
             (floating, constant_weights, two_dimensional),
             float_output=True,
         ),
+        # QLinearMatMul, MatMulIntegerToFloat before a float reader.
+        Row(
+            ("aten.matmul.default", "aten.bmm.default"),
+            "product",
+            ("self", "other", "mat2"),
+            (floating, two_tensors),
+            float_output=True,
+            form="attention",
+            optional=True,
+            reason="with what it takes to quantize its operands, attention takes 1.25 to 1.8 times as long as in float",
+        ),
         Row(("aten.add.Tensor",), "arithmetic", ("self", "other"), (floating, two_tensors, plain_add)),
+        Row(("aten.mul.Tensor", "aten.div.Tensor"), "rescale", ("self",), (floating, by_positive_number)),
         Row(("aten.mul.Tensor",), "arithmetic", ("self", "other"), (floating, two_tensors)),
         Row(("aten.cat.default",), "arithmetic", ("tensors",), (floating,)),
         Row(("aten.adaptive_avg_pool2d.default", "aten.mean.dim"), "arithmetic", ("self",), (floating, global_pool)),
@@ -95,7 +114,11 @@ TARGET = Target(
         Row(("aten.upsample_nearest2d.default",), "move", ("self",), (floating, whole_multiple)),
         Row(("aten.upsample_nearest2d.vec",), "move", ("input",), (floating, whole_multiple)),
         Row(("aten.constant_pad_nd.default",), "move", ("self",), (floating, pads_with_zero)),
-        Row(("aten.chunk.default", "aten.split.Tensor", "aten.split_with_sizes.default"), "move", ("self",)),
+        Row(
+            ("aten.chunk.default", "aten.split.Tensor", "aten.split_with_sizes.default", "aten.unbind.int"),
+            "move",
+            ("self",),
+        ),
         Row(("<built-in function getitem>",), "move"),
         # In 8 bit these are correct, and slower than in float.
         Row(

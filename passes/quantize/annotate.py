@@ -1,7 +1,8 @@
 """Decide, by the target's table alone, what is computed on integers and which tensors are quantized for it.
 
 The result is an `Annotation` on each node (`node.meta["quantize"]`). The rules:
-1. A layer (weights) is computed on integers wherever its row applies.
+1. A layer (weights), and a product of activations, is computed on integers wherever its row applies. What they read
+   is quantized for them, before the moves (reshape, permute) between: 8 bits are cheaper to move than 32.
 2. Other ops follow their operands: each must come from integers, or be quantized anyway because a layer reads it.
    (Quantizing a float tensor only to add it costs more than the addition saves.)
 3. What no integer op reads in the end is not quantized for its own sake: integer arithmetic without integer readers
@@ -13,6 +14,7 @@ The result is an `Annotation` on each node (`node.meta["quantize"]`). The rules:
 from __future__ import annotations
 
 import fnmatch
+import math
 import operator
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -22,9 +24,9 @@ from torch import fx
 
 from ...errors import OptionError, did_you_mean
 from ...frontend.program import Program, layer_name
-from ..rewrite import argument, aten, is_constant
-from .expand import expand_program
-from .spec import KEPT_FLOAT, Row, Target
+from ..rewrite import argument, argument_names, aten, is_constant
+from .expand import expand_program, may_turn_on
+from .spec import KEPT_FLOAT, LEADING, MOVING, USE_INTEGER, Row, Target
 
 KEY = "quantize"
 ABSORBED = "quantize_absorbed"  # on an activation whose work the quantization after it does
@@ -47,14 +49,18 @@ def annotation(node: fx.Node) -> Annotation | None:
     return node.meta.get(KEY)
 
 
-def annotate_program(program: Program, target: Target, keep_float: Sequence[str] = ()) -> tuple[int, list[str]]:
-    """Annotate all nodes; those that a glob of `keep_float` names stay in float (see `kept_float`).
+def annotate_program(
+    program: Program, target: Target, keep_float: Sequence[str] = (), use_integer: Sequence[str] = ()
+) -> tuple[int, list[str]]:
+    """Annotate all nodes; those that a glob of `keep_float` names stay in float (see `named_nodes`), those that one of
+    `use_integer` names may use the target's optional rows.
 
     Returns (number of integer nodes, reasons why layers stay in float).
-    Raises OptionError for a glob that names nothing.
+    Raises OptionError for a glob that names nothing, or that has no effect.
     """
-    for node in kept_float(program, keep_float):
+    for node in named_nodes(program, keep_float, "keep_float"):
         node.meta[KEPT_FLOAT] = True
+    _use_optional_rows(program, target, use_integer)
     expand_program(program, target)
     rows = _choose_rows(program, target)
     _demote_unread(program, target, rows)
@@ -66,15 +72,15 @@ def annotate_program(program: Program, target: Target, keep_float: Sequence[str]
 def clear_annotations(program: Program) -> None:
     """Forget what was decided."""
     for node in program.graph.nodes:
-        for key in (KEY, ABSORBED, KEPT_FLOAT):
+        for key in (KEY, ABSORBED, KEPT_FLOAT, USE_INTEGER):
             node.meta.pop(key, None)
 
 
-def kept_float(program: Program, globs: Sequence[str]) -> set[fx.Node]:
+def named_nodes(program: Program, globs: Sequence[str], option: str) -> set[fx.Node]:
     """The nodes that `globs` mean: of a node (`conv2d_3`), of a layer or a module with all that is in it
     (`layer4.0.conv1`, `layer4`, `blocks.*.attn`).
 
-    Raises OptionError for a glob that names nothing.
+    Raises OptionError, which names the `option`, for a glob that names nothing.
     """
     kept: set[fx.Node] = set()
     calls = [n for n in program.graph.nodes if n.op == "call_function"]
@@ -83,11 +89,23 @@ def kept_float(program: Program, globs: Sequence[str]) -> set[fx.Node]:
         if not named:
             known = sorted({layer_name(n) for n in calls})
             raise OptionError(
-                f"keep_float: {glob!r} names no node and no module of the program",
+                f"{option}: {glob!r} names no node and no module of the program",
                 hint=did_you_mean(glob, known, "layers") if len(known) < 40 else "see `fxpress inspect` for the names",
             )
         kept |= named
     return kept
+
+
+def _use_optional_rows(program: Program, target: Target, globs: Sequence[str]) -> None:
+    for glob in globs:
+        nodes = named_nodes(program, [glob], "use_integer")
+        for node in nodes:
+            node.meta[USE_INTEGER] = True
+        if not any(may_turn_on(n, target) for n in nodes):
+            raise OptionError(
+                f"use_integer: target {target.name} has no optional row for what {glob!r} names",
+                hint=f"its optional forms: {', '.join(n for n, on in target.forms.items() if not on) or 'none'}",
+            )
 
 
 def _names(node: fx.Node) -> Iterator[str]:
@@ -120,13 +138,42 @@ def _choose_rows(program: Program, target: Target) -> dict[fx.Node, Row]:
 
 
 def _read_by_layers(program: Program, target: Target) -> set[fx.Node]:
+    """Rule 1: what layers and products read, through moves."""
     calls = [n for n in program.graph.nodes if n.op == "call_function" and not n.meta.get(KEPT_FLOAT)]
     rows = [(n, target.row_for(n)) for n in calls]
-    return {o for n, row in rows if row is not None and row.kind == "layer" for o in operands_of(n, row)}
+    read = {o for n, row in rows if row is not None and row.kind in LEADING for o in operands_of(n, row)}
+    moves = {n: row for n, row in rows if row is not None and row.kind in MOVING}
+    for node, row in reversed(moves.items()):
+        if _all_read(node, read):
+            read.add(node)
+            sources = [o for o in operands_of(node, row) if _is_one_tensor(o) or o in moves]
+            read.update(o for o in sources if _size_read(o, read) >= _size(o))
+    return read
+
+
+def _all_read(node: fx.Node, read: set[fx.Node]) -> bool:
+    """Is the value, or are all parts of a split, wanted on integers?"""
+    return node in read or (not _is_one_tensor(node) and bool(node.users) and all(u in read for u in node.users))
+
+
+def _size_read(value: fx.Node, read: set[fx.Node]) -> int:
+    """How many numbers the moves of `value` that are wanted on integers hold."""
+    return sum(_size(u) for u in value.users if u in read)
+
+
+def _is_one_tensor(node: fx.Node) -> bool:
+    return isinstance(node.meta.get("val"), torch.Tensor)
+
+
+def _size(node: fx.Node) -> int:
+    """Numbers in the node's value, at the batch of the example; 0 where a size depends on data."""
+    forms = [node.meta["val"]] if _is_one_tensor(node) else node.meta.get("val") or ()
+    sizes = [[s if isinstance(s, int) else s.node.hint for s in form.shape] for form in forms]
+    return 0 if any(s is None for shape in sizes for s in shape) else sum(map(math.prod, sizes))
 
 
 def _applies(node: fx.Node, row: Row, integer: set[fx.Node]) -> bool:
-    if row.kind == "layer":
+    if row.kind in LEADING:
         return True
     operands = operands_of(node, row)
     return bool(operands) and all(o in integer for o in operands)
@@ -135,7 +182,8 @@ def _applies(node: fx.Node, row: Row, integer: set[fx.Node]) -> bool:
 def operands_of(node: fx.Node, row: Row) -> tuple[fx.Node, ...]:
     """The activations that a node reads, in order; lists (as of cat) are flattened, parameters left out."""
     values: list[fx.Node] = []
-    named = [node.args[0]] if node.target is operator.getitem else [argument(node, n) for n in row.operands]
+    known = () if node.target is operator.getitem else argument_names(node)
+    named = [argument(node, n) for n in row.operands if n in known] if known else [node.args[0]]
     for value in named:
         candidates: Iterable[object] = value if isinstance(value, (list, tuple)) else (value,)
         values += [v for v in candidates if isinstance(v, fx.Node) and not is_constant(v)]
@@ -152,7 +200,7 @@ def _demote_unread(program: Program, target: Target, rows: dict[fx.Node, Row]) -
                 # It hands the need on to the op that may absorb it.
                 needed.add(node.args[0])  # type: ignore[arg-type]
             continue
-        if row.kind != "layer" and node not in needed:
+        if row.kind not in LEADING and node not in needed:
             del rows[node]
             continue
         needed.update(operands_of(node, row))
@@ -161,7 +209,7 @@ def _demote_unread(program: Program, target: Target, rows: dict[fx.Node, Row]) -
 
 def _keep_parts(target: Target, rows: dict[fx.Node, Row]) -> None:
     """A split on integers gives integers in all its parts: those that only float ops read are dequantized too."""
-    for node in [n for n in rows if not isinstance(n.meta.get("val"), torch.Tensor)]:
+    for node in [n for n in rows if not _is_one_tensor(n)]:
         for part in node.users:
             row = target.row_for(part)
             if part not in rows and row is not None:
@@ -177,7 +225,7 @@ def _annotation(node: fx.Node, row: Row, rows: dict[fx.Node, Row], target: Targe
     operands = tuple(o for o in operands_of(node, row) if o is not joined_addend(node, rows))
     if reader is not None and joined_addend(reader, rows) is node:
         return Annotation(row, operands)
-    if reader is not None and row.kind != "move" and _vanishes(reader, target):
+    if reader is not None and row.kind not in MOVING and _vanishes(reader, target):
         bearer = reader
     wanted = any(u in rows and bearer in operands_of(u, rows[u]) for u in bearer.users)
     keep_float = row.float_output and not wanted

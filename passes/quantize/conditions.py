@@ -81,3 +81,16 @@ def whole_multiple(node: fx.Node) -> str | None:
         return "its sizes are not known"
     whole = all(b % a == 0 for a, b in zip(before[2:], after[2:]))
     return None if whole else "it does not resize to a whole multiple"
+
+
+def by_positive_number(node: fx.Node) -> str | None:
+    """A product with, or a quotient by, a positive number."""
+    number = node.args[1] if len(node.args) > 1 else None
+    plain = isinstance(number, (int, float)) and not isinstance(number, bool) and 0 < number < float("inf")
+    return None if plain else "it does not multiply with a positive number"
+
+
+def rescaling(node: fx.Node) -> float:
+    """The positive number that a node multiplies with."""
+    number = float(node.args[1])  # type: ignore[arg-type]
+    return 1.0 / number if "div" in str(node.target) else number

@@ -4,40 +4,68 @@
     avg_pool2d(x)        a depthwise convolution with weights 1 / window        behind an integer op
     addmm(b, x, W)       linear(x, W^T, b)                                     where W and b are parameters
     linear(x[..., K])    reshape to [tokens, K], linear, reshape back           anywhere: its row is for matrices
+    attention(q, k, v)   matmul(softmax(matmul(q c, k^T) + mask), v)            where the form "attention" is on
 
-All are the same function in float; they change what can be quantized.
+All are the same function in float; they change what can be quantized. Those that belong to a named form of the target
+(`Row.form`) are written only where that form is on.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
-from typing import Any
+from dataclasses import dataclass
 
 import torch
 from torch import fx
 
 from ...frontend.program import Program
 from ..rewrite import argument, aten, call_before, constant, is_constant, is_op, put_constant, replace
-from .spec import KEPT_FLOAT, Target
+from .spec import KEPT_FLOAT, USE_INTEGER, Target
 
 
 def expand_program(program: Program, target: Target) -> int:
     """Expand what the target names, in place. Returns how many nodes were rewritten."""
     count = 0
     for node in list(program.graph.nodes):
-        name = str(node.target)
-        if node.op != "call_function" or name not in target.expand or node.meta.get(KEPT_FLOAT):
+        expansion = _expansion_of(node, target)
+        if expansion is None or (expansion.behind_integers and not _follows_integers(node, target)):
             continue
-        expansion, behind_integers = EXPANSIONS[name]
-        if behind_integers and not _follows_integers(node, target):
-            continue
-        expanded = expansion(program, node)
+        before = node.prev
+        expanded = expansion.write(program, node)
         if expanded is not None:
+            _inherit(before, node)
             # The report compares with the float program, which has the node under its old name.
             _name(expanded, node.name)
             replace(node, expanded)
             count += 1
     return count
+
+
+def _expansion_of(node: fx.Node, target: Target) -> Expansion | None:
+    name = str(node.target)
+    if node.op != "call_function" or name not in target.expand or node.meta.get(KEPT_FLOAT):
+        return None
+    expansion = EXPANSIONS[name]
+    off = expansion.form and not target.forms.get(expansion.form) and not node.meta.get(USE_INTEGER)
+    return None if off else expansion
+
+
+def may_turn_on(node: fx.Node, target: Target) -> bool:
+    """Does the target have an optional row for the node, or for what it is expanded into?"""
+    expansion = EXPANSIONS.get(str(node.target)) if str(node.target) in target.expand else None
+    return any(r.optional for r in target.rows_about(node)) or (
+        expansion is not None and target.forms.get(expansion.form) is False
+    )
+
+
+def _inherit(before: fx.Node, node: fx.Node) -> None:
+    """What the user said of `node` holds for the nodes between `before` and it, which were written for it."""
+    if node.meta.get(USE_INTEGER):
+        new = node.prev
+        while new is not before:
+            new.meta[USE_INTEGER] = True
+            new = new.prev
 
 
 def _name(node: fx.Node, float_name: str) -> None:
@@ -118,10 +146,42 @@ def _shared_matrix(tokens: fx.Node, node: fx.Node) -> fx.Node | None:
     return next(found, None)
 
 
-# Op -> (how it is expanded, whether only behind an integer op).
-EXPANSIONS: dict[str, tuple[Callable[[Program, fx.Node], Any], bool]] = {
-    "aten.silu.default": (_silu, True),
-    "aten.avg_pool2d.default": (_average_pool, True),
-    "aten.addmm.default": (_addmm, False),
-    "aten.linear.default": (_tokens, False),
+def _attention(program: Program, node: fx.Node) -> fx.Node | None:
+    """The scale goes to the queries, which are fewer than the scores. Grouped queries and causal masks stay."""
+    query, key, value = node.args[:3]
+    if argument(node, "dropout_p") or argument(node, "is_causal") or argument(node, "enable_gqa"):
+        return None
+    mask = argument(node, "attn_mask")
+    forms = [n.meta["val"] for n in (query, key, value)]  # type: ignore[union-attr]
+    if (mask is not None and not mask.meta["val"].is_floating_point()) or not isinstance(forms[0].shape[-1], int):
+        return None
+    scale = argument(node, "scale")
+    factor = 1 / math.sqrt(forms[0].shape[-1]) if scale is None else scale
+    if not isinstance(factor, (int, float)):
+        return None
+    scaled = call_before(node, aten.mul.Tensor, query, factor, value=forms[0])
+    keys = call_before(node, aten.transpose.int, key, -2, -1, value=forms[1].transpose(-2, -1))
+    form = torch.matmul(forms[0], forms[1].transpose(-2, -1))
+    scores = call_before(node, aten.matmul.default, scaled, keys, value=form)
+    if mask is not None:
+        scores = call_before(node, aten.add.Tensor, scores, mask, value=form)
+    weights = call_before(node, aten.softmax.int, scores, -1, value=form)
+    return call_before(node, aten.matmul.default, weights, value)
+
+
+@dataclass(frozen=True)
+class Expansion:
+    """How an op is written, whether only behind an integer op, and the form it belongs to ("" for none)."""
+
+    write: Callable[[Program, fx.Node], fx.Node | None]
+    behind_integers: bool = False
+    form: str = ""
+
+
+EXPANSIONS: dict[str, Expansion] = {
+    "aten.silu.default": Expansion(_silu, behind_integers=True),
+    "aten.avg_pool2d.default": Expansion(_average_pool, behind_integers=True),
+    "aten.addmm.default": Expansion(_addmm),
+    "aten.linear.default": Expansion(_tokens),
+    "aten.scaled_dot_product_attention.default": Expansion(_attention, form="attention"),
 }

@@ -9,6 +9,7 @@ result is quantized with the arithmetic of `frontend/operators.py`, which is tha
 from __future__ import annotations
 
 from dataclasses import dataclass
+from dataclasses import replace as replace_field
 
 import torch
 from torch import fx
@@ -28,9 +29,9 @@ from ..rewrite import (
     set_argument,
 )
 from .annotate import ABSORBED, annotation, clear_annotations, upper_bound
-from .observe import Site, sites_of
+from .observe import Site, Sites, sites_of
 from .ranges.observers import best_bounds
-from .spec import NumberFormat, QuantParams, Target, choose_params
+from .spec import MOVING, NumberFormat, QuantParams, Target, as_float32, choose_params
 from .stem import blocks_for_stems
 
 _BIAS_LIMIT = 2.0**30  # half of int32, so that adding the products to the bias cannot overflow
@@ -52,8 +53,7 @@ def fold_program(program: Program, target: Target, weight_ranges: str) -> int:
     if not sites.samples:
         raise QuantizationError("the observers have seen no data", hint="run the pass `calibrate` before `fold`")
     observes = list(find(program, torch.ops.fxpress.observe.default))
-    roots = {n: sites.root(int(n.args[1])) for n in observes}  # type: ignore[arg-type]
-    params = {n: _site_params(root, root.form or target.activation) for n, root in roots.items()}
+    params = {n: _params(sites, int(n.args[1]), target) for n in observes}  # type: ignore[arg-type]
     folding = _Folding(program, target, weight_ranges, params)
     layers = 0
     for node in list(program.graph.nodes):
@@ -78,6 +78,13 @@ def fold_program(program: Program, target: Target, weight_ranges: str) -> int:
 # -- activations ---------------------------------------------------------------------------------------------------
 
 
+def _params(sites: Sites, key: int, target: Target) -> QuantParams:
+    """The parameters of the root of `key`, its scale multiplied on the way."""
+    root, factor = sites.root(key), sites.factor(key)
+    params = _site_params(root, root.form or target.activation)
+    return params if factor == 1 else replace_field(params, scale=as_float32(params.scale * factor))
+
+
 def _site_params(site: Site, form: NumberFormat) -> QuantParams:
     if site.fixed is not None:
         return site.fixed
@@ -96,8 +103,7 @@ def _fold_observer(folding: _Folding, node: fx.Node, on_integers: bool) -> None:
     source, params = node.args[0], folding.params[node]
     assert isinstance(source, fx.Node)
     if on_integers:
-        _move_integers(source, params)
-        q = source
+        q = _moved_integers(source, params)
     else:
         if str(source.target) in folding.target.isolate:
             source = _apart(folding.program, node, source)
@@ -114,7 +120,7 @@ def _apart(program: Program, node: fx.Node, source: fx.Node) -> fx.Node:
 def _is_move(value: object) -> bool:
     """Does `value` move integers?"""
     note = annotation(value) if isinstance(value, fx.Node) else None
-    return note is not None and note.row.kind == "move" and not note.row.in_pairs
+    return note is not None and note.row.kind in MOVING and not note.row.in_pairs
 
 
 def _check_integers(program: Program) -> None:
@@ -133,16 +139,19 @@ def _check_integers(program: Program) -> None:
             integers.add(node)
 
 
-def _move_integers(node: fx.Node, params: QuantParams) -> None:
-    """Let a move read integers instead of their dequantized values; what it pads with becomes the zero point."""
+def _moved_integers(node: fx.Node, params: QuantParams) -> fx.Node:
+    """Let a move read integers instead of their dequantized values; what it pads with becomes the zero point. A
+    rescaling does nothing to the integers, and vanishes."""
     source = node.args[0]
     assert isinstance(source, fx.Node)
     if source.target is torch.ops.fxpress.dequantize.default:
         node.replace_input_with(source, source.args[0])  # type: ignore[arg-type]
     elif _is_move(source):  # a part of a split
-        _move_integers(source, params)
+        _moved_integers(source, params)
     if node.target is aten.constant_pad_nd.default:
         set_argument(node, "value", params.zero_point)
+    note = annotation(node)
+    return node.args[0] if note is not None and note.row.kind == "rescale" else node  # type: ignore[return-value]
 
 
 def _drop_absorbed(folding: _Folding, activation: fx.Node) -> None:

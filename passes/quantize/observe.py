@@ -19,17 +19,18 @@ from ...frontend.program import Program, layer_name
 from ..base import Context
 from ..rewrite import call_after
 from .annotate import annotation, upper_bound
+from .conditions import rescaling
 from .ranges.observers import Observer, make_observer
-from .spec import NumberFormat, QuantParams
+from .spec import MOVING, NumberFormat, QuantParams
 
 
 @dataclass
 class Site:
     """One observed tensor: its observer, or where its parameters come from instead.
 
-    `shared` names another site with the same scale (moves), `fixed` gives known parameters, `bound` caps the range from
-    above (an absorbed activation's own limit), `form` is its number format where that is not the target's own. `layer`
-    is the name of the float node.
+    `shared` names another site with the same integers (moves), whose scale is multiplied by `factor`, `fixed` gives
+    known parameters, `bound` caps the range from above (an absorbed activation's own limit), `form` is its number
+    format where that is not the target's own. `layer` is the name of the float node.
     """
 
     key: int
@@ -39,6 +40,7 @@ class Site:
     fixed: QuantParams | None = None
     bound: float | None = None
     form: NumberFormat | None = None
+    factor: float = 1.0
 
 
 @dataclass
@@ -52,6 +54,11 @@ class Sites:
         """The site that decides the parameters of `key`, following sharing."""
         site = self.by_key[key]
         return self.root(site.shared) if site.shared is not None else site
+
+    def factor(self, key: int) -> float:
+        """What the scale of `key`'s root is multiplied by on the way to it."""
+        site = self.by_key[key]
+        return site.factor * (self.factor(site.shared) if site.shared is not None else 1.0)
 
 
 def sites_of(program: Program) -> Sites:
@@ -123,8 +130,9 @@ def _describe(site: Site, node: fx.Node) -> None:
     """Say where the parameters of an integer op's output come from, other than from observing it."""
     note = annotation(node)
     assert note is not None
-    if note.row.kind == "move":
+    if note.row.kind in MOVING:
         site.shared, site.observer = _key_before(node), None
+        site.factor = rescaling(node) if note.row.kind == "rescale" else 1.0
     elif note.row.fixed is not None:
         site.fixed, site.observer = note.row.fixed, None
     if note.output is not None and note.output is not node:

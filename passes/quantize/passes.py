@@ -26,16 +26,20 @@ WeightRanges = Literal["minmax", "mse"]
 class Annotate(Pass):
     """Decide by the target's table what is computed on integers.
 
-    `keep_float` names what stays in float all the same: nodes, layers or modules, by glob.
+    `keep_float` names what stays in float all the same: nodes, layers or modules, by glob. `forms` turns named forms
+    of the target on (`attention`) or off (`-attention`); `use_integer` turns all optional forms on for what it names.
     """
 
     name = "annotate"
     preserves = frozenset({VALUES, INTERFACE})
 
     keep_float: tuple[str, ...] = ()
+    forms: tuple[str, ...] = ()
+    use_integer: tuple[str, ...] = ()
 
     def run(self, program: Program, context: Context) -> Change:
-        count, reasons = annotate_program(program, _target(context), self.keep_float)
+        target = _target(context).with_forms(self.forms)
+        count, reasons = annotate_program(program, target, self.keep_float, self.use_integer)
         if count == 0:
             raise QuantizationError(
                 f"target {_target(context).name} computes nothing of this program on integers"
@@ -92,7 +96,8 @@ class Fold(Pass):
 class Quantize(Pass):
     """Quantize for the target: annotate, observe, calibrate, fold.
 
-    `keep_float` names what stays in float: nodes, layers or modules, by glob.
+    `keep_float`, `forms` and `use_integer` are those of `annotate`: what stays in float, and which optional forms of
+    the target are on.
     """
 
     name = "quantize"
@@ -101,10 +106,13 @@ class Quantize(Pass):
     ranges: Ranges = "auto"
     weights: WeightRanges = "minmax"
     keep_float: tuple[str, ...] = ()
+    forms: tuple[str, ...] = ()
+    use_integer: tuple[str, ...] = ()
 
     def steps(self) -> tuple[Pass, ...]:
         """The passes that this one is short for."""
-        return Annotate(self.keep_float), Observe(self.ranges), Calibrate(), Fold(self.weights)
+        annotate = Annotate(self.keep_float, self.forms, self.use_integer)
+        return annotate, Observe(self.ranges), Calibrate(), Fold(self.weights)
 
     def run(self, program: Program, context: Context) -> Change:
         changes = [step.run(program, context) for step in self.steps()]

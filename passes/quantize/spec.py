@@ -8,25 +8,30 @@ nothing else, so that a new runtime is a new table. The tables live in `backends
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field, replace
 from typing import Literal
 
 import torch
 from torch import fx
 
-from ...errors import QuantizationError
+from ...errors import OptionError, QuantizationError, did_you_mean
 
 # layer        weights: quantized inputs, int8 weights, int32 bias, quantized output
+# product      of two activations (attention): quantized inputs, for which they are quantized wherever they come from
 # arithmetic   all inputs and the output quantized, each with its own scale
 # move         moves or selects values: the output has the scale of the input
+# rescale      times a positive number: the same integers, with another scale
 # fixed        arithmetic whose output range is known beforehand (sigmoid)
 # float        not computed on integers here, with the reason
-Kind = Literal["layer", "arithmetic", "move", "fixed", "float"]
+Kind = Literal["layer", "product", "arithmetic", "move", "rescale", "fixed", "float"]
+LEADING = ("layer", "product")  # what these read is quantized for their sake
+MOVING = ("move", "rescale")  # these leave the integers as they are
 # A condition looks at a node and returns why a row does not apply to it, or None when it does.
 Condition = Callable[[fx.Node], str | None]
 
 KEPT_FLOAT = "quantize_kept_float"  # in the meta of a node that the user, or a search, leaves in float
+USE_INTEGER = "quantize_use_integer"  # in the meta of a node for which optional rows are on
 TINY = 2.0**-100  # a scale below this makes float32 products of two scales vanish
 
 
@@ -94,13 +99,13 @@ def choose_params(low: float, high: float, form: NumberFormat) -> QuantParams:
     qmin, qmax = form.limits
     if form.symmetric:
         bound = max(-low, high)
-        return QuantParams(_as_float32(bound / qmax) or 1.0, 0, form.dtype)
-    scale = _as_float32((high - low) / (qmax - qmin)) or 1.0
+        return QuantParams(as_float32(bound / qmax) or 1.0, 0, form.dtype)
+    scale = as_float32((high - low) / (qmax - qmin)) or 1.0
     zero_point = round(qmin - low / scale)
     return QuantParams(scale, min(max(zero_point, qmin), qmax), form.dtype)
 
 
-def _as_float32(value: float) -> float:
+def as_float32(value: float) -> float:
     """The nearest float32; a value too small to be a scale becomes 0."""
     return float(torch.tensor(value, dtype=torch.float32)) if value > TINY else 0.0
 
@@ -115,6 +120,10 @@ class Row:
     `activation` and `weight` are the formats of this row's tensors where they are not the target's own.
     `joins`: an addend that comes straight from a layer is not quantized, since the layer's kernel does the addition.
     `reason` (for kind "float") is told to the user, `hint` says what would change it.
+
+    Rows for a choice that depends on shapes and machines carry the name of their `form` ("attention"). An `optional`
+    row is off until `quantize{forms=[attention]}` turns the form on, or `use_integer` names the node; its `reason`
+    says why it is off. A form that is on is turned off by `forms=[-attention]`.
     """
 
     ops: tuple[str, ...]
@@ -129,6 +138,12 @@ class Row:
     joins: bool = False
     reason: str = ""
     hint: str = ""
+    form: str = ""
+    optional: bool = False
+
+    def is_off(self, node: fx.Node) -> bool:
+        """Is this an optional row that nothing has turned on for `node`?"""
+        return self.optional and not node.meta.get(USE_INTEGER)
 
     def declines(self, node: fx.Node) -> str | None:
         """Why this row does not apply to `node`, or None."""
@@ -177,8 +192,8 @@ class Target:
         return op in self.fuses or (op in self.absorbs and not self.activation.symmetric)
 
     def row_for(self, node: fx.Node) -> Row | None:
-        """The first row whose ops include the node's and that does not decline it."""
-        return next((r for r in self.rows_about(node) if r.declines(node) is None), None)
+        """The first row whose ops include the node's, that is not off, and that does not decline it."""
+        return next((r for r in self.rows_about(node) if not r.is_off(node) and r.declines(node) is None), None)
 
     def rows_about(self, node: fx.Node) -> list[Row]:
         """All rows that name the node's op."""
@@ -187,8 +202,40 @@ class Target:
 
     def why_float(self, node: fx.Node) -> str:
         """Why the node is computed in float here, for people."""
-        rows = self.rows_about(node)
-        declined = [r.declines(node) for r in rows]
-        stated = [r.reason for r, d in zip(rows, declined) if d is None and r.kind == "float"]
-        reasons = [*stated, *(d for d in declined if d)]
-        return reasons[0] if reasons else f"target {self.name} has no row for {node.target}"
+        return self.explain_float(node)[0]
+
+    def explain_float(self, node: fx.Node) -> tuple[str, str]:
+        """(why the node is computed in float here, what would change it), for people."""
+        rows = [(r, r.declines(node)) for r in self.rows_about(node)]
+        for row in (r for r, declined in rows if declined is None and r.is_off(node)):
+            return row.reason, row.hint or f"quantize{{forms=[{row.form}]}}, or use_integer with its name"
+        for row in (r for r, declined in rows if declined is None and r.kind == "float"):
+            return row.reason, row.hint or _OTHER_TARGET
+        declined = [d for _, d in rows if d]
+        return (declined[0] if declined else f"target {self.name} has no row for {node.target}"), _OTHER_TARGET
+
+    @property
+    def forms(self) -> dict[str, bool]:
+        """The named forms, and whether each is on."""
+        return {r.form: not r.optional for r in self.rows if r.form}
+
+    def with_forms(self, names: Iterable[str]) -> Target:
+        """The target with forms turned on ("attention") or off ("-attention").
+
+        Raises OptionError for a name that is no form, and for one that changes nothing.
+        """
+        target = self
+        for text in names:
+            name, on = text.removeprefix("-"), not text.startswith("-")
+            if target.forms.get(name) is None:
+                hint = did_you_mean(name, self.forms, "forms")
+                raise OptionError(f"forms: {name!r} is no form of {self.name}", hint=hint)
+            if target.forms[name] == on:
+                state = "on" if on else "off"
+                raise OptionError(f"forms: {name!r} is {state} already", hint=f"leave {text!r} out")
+            rows = tuple(replace(r, optional=not on) if r.form == name else r for r in target.rows)
+            target = replace(target, rows=rows)
+        return target
+
+
+_OTHER_TARGET = "a target whose table has a row for it"

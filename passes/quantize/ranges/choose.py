@@ -54,7 +54,7 @@ def _stay_in_float(trial: Program) -> None:
             limits = torch.iinfo(dtype)  # type: ignore[arg-type]
             steps = call_before(node, aten.round.default, call_before(node, aten.div.Tensor, x, scale))
             kept = call_before(node, aten.clamp.default, steps, limits.min - zero_point, limits.max - zero_point)  # type: ignore[operator]
-            replace(node, call_before(node, aten.mul.Tensor, kept, scale))
+            replace(node, call_before(node, aten.mul.Tensor, kept, node.args[1]))
     erase_dead(trial)
     trial.graph_module.recompile()
 
