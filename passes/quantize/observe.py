@@ -105,7 +105,7 @@ def _observe_operand(
     note = annotation(node)
     assert note is not None
     form = note.row.activation
-    if note.row.kind == "move" and observed:  # takes what is there
+    if note.row.kind in MOVING and observed:  # takes what is there
         form = next(iter(observed))
     read = operand if operand in node.all_input_nodes else next(iter(observed.values()))
     if form not in observed:
