@@ -50,6 +50,7 @@ class Context:
     collects what passes hand to the report (a pruning plan, ranges), by pass name. `latencies` is the clock of the
     target's runtime, for pruning to a latency. `judge` gives the user's metric of a program in the target's runtime
     (higher is better; it raises OptionError where there is no finite number), for searches under an allowed drop.
+    `wanted` names the results that passes of the pipeline read (`Pass.reads`); what costs memory is kept for them only.
     """
 
     target: Target | None = None
@@ -60,6 +61,7 @@ class Context:
     results: dict[str, Any] = field(default_factory=dict)
     latencies: OpLatencies | None = None
     judge: Callable[[Program], float] | None = None
+    wanted: frozenset[str] = frozenset()
 
 
 class Pass:
@@ -67,6 +69,8 @@ class Pass:
 
     name: ClassVar[str] = ""
     preserves: ClassVar[frozenset[str]] = frozenset()
+    # The entries of Context.results that it reads, which earlier passes keep only where they are wanted.
+    reads: ClassVar[frozenset[str]] = frozenset()
     # Relative bound on the outputs of a pass that preserves values: max |after - before| / max |before|.
     tolerance: ClassVar[float] = 1e-4
 

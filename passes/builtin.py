@@ -16,6 +16,7 @@ MODULES = (
     "quantize.passes",
     "quantize.accuracy.equalize",
     "quantize.accuracy.smooth",
+    "quantize.accuracy.correct_bias",
 )
 ENTRY_POINTS = "fxpress.passes"
 

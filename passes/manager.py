@@ -55,6 +55,7 @@ class PassManager:
         if self.dump and self.first == 0:
             write_dump(self.dump, 0, "input", program, Counter())
         assert not isinstance(self.passes, str)
+        context.wanted = context.wanted.union(*(item.reads for item in self.passes))
         for i, item in enumerate(self.passes):
             if self.on_stage:
                 self.on_stage(item.name)

@@ -11,6 +11,7 @@ import torch
 from ...errors import DataError, QuantizationError
 from ...frontend.program import Program
 from ..base import INTERFACE, VALUES, Change, Context, Pass, register_pass
+from .accuracy.float_twin import keep_float_twin
 from .annotate import annotate_program
 from .fold import fold_program
 from .observe import calibrate_program, insert_observers
@@ -88,6 +89,7 @@ class Fold(Pass):
 
     def run(self, program: Program, context: Context) -> Change:
         notes = choose_ranges(program, _target(context), self.weights, context)
+        keep_float_twin(program, context)
         return Change(fold_program(program, _target(context), self.weights), notes)
 
 

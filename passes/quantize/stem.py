@@ -45,7 +45,9 @@ def _rewrite(program: Program, conv: fx.Node) -> bool:
     back = call_before(conv, torch.ops.fxpress.dequantize.default, moved, *real.args[1:])
     margins = [before[1], after[1], before[0], after[0]]
     padded = call_before(conv, aten.constant_pad_nd.default, back, margins, 0.0) if any(margins) else back
-    replace(conv, call_before(conv, aten.conv2d.default, padded, new_weight, argument(conv, "bias")))
+    new = call_before(conv, aten.conv2d.default, padded, new_weight, argument(conv, "bias"))
+    new.meta["custom"] = {**new.meta.get("custom", {}), "float_name": conv.name}
+    replace(conv, new)
     return True
 
 

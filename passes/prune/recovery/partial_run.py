@@ -5,7 +5,7 @@ What recovery measures is wanted layer after layer, so most sweeps need only the
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from typing import Any
 
 import torch
@@ -18,11 +18,18 @@ class PartialRun:
     """Computes the values of the nodes `wanted` for one batch. Every other value is freed after its last reader.
 
     Where the values of the nodes `given` are handed over, nothing before those is run. Gradients are recorded where the
-    caller has them switched on; weights are read anew at each call.
+    caller has them switched on; weights are read anew at each call. `instead` holds functions to call in place of ops.
     """
 
-    def __init__(self, program: Program, wanted: Iterable[fx.Node], given: Iterable[fx.Node] = ()) -> None:
+    def __init__(
+        self,
+        program: Program,
+        wanted: Iterable[fx.Node],
+        given: Iterable[fx.Node] = (),
+        instead: Mapping[Any, Callable[..., Any]] | None = None,
+    ) -> None:
         self.program = program
+        self._instead = instead or {}
         self.wanted = list(dict.fromkeys(wanted))
         self._given = set(given)
         needed = ancestors(self.wanted, self._given)
@@ -41,7 +48,7 @@ class PartialRun:
                 values[node] = get_attribute(self.program.graph_module, str(node.target))
             elif node.op == "call_function":
                 args, kwargs = fx.map_arg((node.args, node.kwargs), values.__getitem__)
-                values[node] = node.target(*args, **kwargs)  # type: ignore[operator]
+                values[node] = self._instead.get(node.target, node.target)(*args, **kwargs)  # type: ignore[operator]
             for old in self._freed.get(node, ()):
                 del values[old]
         return {n: values[n] for n in self.wanted}
@@ -93,6 +100,7 @@ class Front:
     def __init__(self, program: Program, layers: Iterable[fx.Node], limit: int) -> None:
         self._program, self._limit = program, limit
         self._depths = depths_of(program, layers)
+        self._reading = _input_dependent(program)  # what weights alone decide may change with them, and is not kept
         self._kept: dict[int, dict[fx.Node, Any]] = {}
         self._bytes = 0
         self._nodes: list[fx.Node] = []
@@ -102,7 +110,7 @@ class Front:
         """Begin a sweep before which the levels below `stage` have been changed."""
         before, wanted = self._nodes, list(wanted)
         self._nodes = [
-            n for n, d in self._depths.items() if d <= stage and n.op != "get_attr" and self._stays(n, stage)
+            n for n, d in self._depths.items() if d <= stage and n in self._reading and self._stays(n, stage)
         ]
         both = [*wanted, *self._nodes]
         self._wanted = wanted
@@ -121,6 +129,14 @@ class Front:
 
     def _stays(self, node: fx.Node, stage: int) -> bool:
         return any(self._depths[user] > stage for user in node.users)
+
+
+def _input_dependent(program: Program) -> set[fx.Node]:
+    found: set[fx.Node] = set()
+    for node in program.graph.nodes:
+        if node.op == "placeholder" or not found.isdisjoint(node.all_input_nodes):
+            found.add(node)
+    return found
 
 
 def _nbytes(values: dict[fx.Node, Any] | None) -> int:

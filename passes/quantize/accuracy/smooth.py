@@ -202,5 +202,5 @@ def _smoothed(reader: Reader, x: torch.Tensor, factors: torch.Tensor, target: Ta
 def _scaled(reader: Reader, weight: torch.Tensor, factors: torch.Tensor, target: Target) -> torch.Tensor:
     multiplied, _ = scale_inputs(weight.double(), factors, torch.zeros_like(factors), groups_of(reader.node))
     scales = weight_scales(multiplied.float(), target.weight, "minmax")
-    q = quantize_weight(multiplied.float(), scales)
+    q = quantize_weight(multiplied.float(), scales, target.weight)
     return q.float() * scales.reshape(-1, *[1] * (weight.ndim - 1))

@@ -126,7 +126,7 @@ def required_target(context: Context) -> Target:
 def _quantized(program: Program, samples: Samples, context: Context) -> Program:
     required_target(context)
     trial = program.copy()
-    quiet = dataclasses.replace(context, calibration=samples.fit, progress=None, results={})
+    quiet = dataclasses.replace(context, calibration=samples.fit, progress=None, results={}, wanted=frozenset())
     Quantize().run(trial, quiet)
     trial.graph_module.recompile()
     return trial

@@ -1,0 +1,120 @@
+"""Bias correction: the mean of each layer's output is the float one's again, in the int32 bias."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import pytest
+import torch
+from torch import nn
+
+import fxpress
+from fxpress.backends.targets import load_target
+from fxpress.errors import DataError, OptionError, PipelineError
+from fxpress.passes.base import Context
+from fxpress.passes.manager import run_passes
+from fxpress.passes.prune.recovery.partial_run import PartialRun
+from fxpress.passes.quantize.accuracy.correct_bias import correct_biases
+from fxpress.passes.quantize.accuracy.float_twin import FLOAT_TWIN, make_twins
+from fxpress.passes.quantize.passes import Quantize
+from fxpress.passes.rewrite import constant
+from fxpress.runtime.verify import check_layers
+
+TARGET = load_target("ort-x86")
+COARSE = dataclasses.replace(TARGET, weight=dataclasses.replace(TARGET.weight, bits=3))
+
+
+class Net(nn.Module):
+    """A stem of stride 2 (which folding rewrites over blocks), a layer without bias, a residual, a head."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem = nn.Conv2d(3, 8, 3, 2, 1)
+        self.body = nn.Conv2d(8, 8, 3, padding=1, bias=False)
+        self.head = nn.Linear(8, 4)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = torch.relu(self.stem(x))
+        x = torch.relu(self.body(x) + x)
+        return self.head(x.mean((2, 3)))
+
+
+def data(count: int = 5) -> list[tuple[torch.Tensor]]:
+    generator = torch.Generator().manual_seed(1)
+    return [(torch.rand(16, 3, 16, 16, generator=generator),) for _ in range(count)]
+
+
+@pytest.fixture(scope="module")
+def program() -> fxpress.Program:
+    torch.manual_seed(0)
+    return run_passes(fxpress.capture(Net().eval(), data()[0]), "cleanup,canonicalize")
+
+
+def context(target=COARSE) -> Context:
+    return Context(target=target, calibration=data())
+
+
+def quantized(program, context) -> fxpress.Program:
+    context.wanted = frozenset({FLOAT_TWIN})
+    copy = program.copy()
+    Quantize(ranges="minmax").run(copy, context)
+    copy.graph_module.recompile()
+    return copy
+
+
+def channel_means(program, node, batches) -> torch.Tensor:
+    run = PartialRun(program, [node])
+    with torch.no_grad():
+        values = torch.cat([run(b)[node] for b in batches])
+    return values.transpose(0, 1).flatten(1).mean(1)
+
+
+def test_the_means_are_those_of_the_float_program(program):
+    ctx = context()
+    result = quantized(program, ctx)
+    twins = make_twins(result, ctx, "test")
+    assert len(twins.layers()) == 3
+    before = {k.node: channel_means(result, k.node, data()) for k in twins.layers()}
+    correct_biases(twins, data(), ctx)
+    for layer in twins.layers():
+        wanted = channel_means(twins.floating, layer.twin, data())
+        off = (channel_means(result, layer.node, data()) - wanted).abs().max()
+        assert off < 0.02 * (before[layer.node] - wanted).abs().max()
+
+
+def test_it_helps_coarse_weights_and_stays_integers(program):
+    corrected = run_passes(program, "quantize{ranges=minmax},correct-bias", context())
+    record = corrected.log[-1]
+    assert record.changes == 3
+    assert "dB with)" in record.notes[0]
+    biases = [constant(corrected, n) for n in corrected.graph.nodes if n.op == "get_attr" and n.target.endswith("bias")]
+    assert [b.dtype for b in biases] == [torch.int32] * 3
+    assert check_layers(corrected, data()[0]).max_steps <= 1  # in ONNX Runtime
+
+
+def test_it_is_off_where_it_does_not_help(program):
+    ctx = context()
+    once = quantized(program, ctx)
+    twice = run_passes(run_passes(once, "correct-bias", ctx), "correct-bias", ctx)
+    record = twice.log[-1]
+    assert (record.changes == 0) == record.notes[0].startswith("left alone")
+
+
+def test_what_it_needs(program):
+    with pytest.raises(PipelineError, match="compares with the float program") as error:
+        run_passes(quantized(program, Context(target=TARGET, calibration=data())), "correct-bias")
+    assert "quantize,correct-bias" in str(error.value)
+    ctx = context()
+    result = quantized(program, ctx)
+    with pytest.raises(DataError, match="correct-bias"):
+        run_passes(result, "correct-bias", dataclasses.replace(ctx, calibration=None))
+    with pytest.raises(OptionError, match="samples"):
+        run_passes(result, "correct-bias{samples=0}", ctx)
+
+
+def test_the_float_program_is_kept_only_where_it_is_wanted(program):
+    ctx = context()
+    run_passes(program, "quantize{ranges=minmax}", ctx)
+    assert FLOAT_TWIN not in ctx.results
+    run_passes(program, "quantize{ranges=minmax},correct-bias", ctx)
+    assert FLOAT_TWIN in ctx.results
