@@ -68,7 +68,10 @@ class Engine:
         """One step with the gradients, scaled to a norm of at most `largest`. Returns the norm before; where it is not
         finite there was no step."""
         self.scaler.unscale_(optimizer)
-        norm = float(nn.utils.clip_grad_norm_(parameters, math.inf if largest is None else largest))
+        total = nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
+        norm = float(total)
+        if largest is not None and math.isfinite(norm):
+            nn.utils.clip_grads_with_norm_(parameters, largest, total)
         if math.isfinite(norm) or self.scaler.is_enabled():
             self.scaler.step(optimizer)
             self.scaler.update()

@@ -97,7 +97,13 @@ def train(
     start = time.perf_counter()
     with generators_kept(), only(copy, chosen), peak_memory() as memory:
         step = Step(copy, objective)
-        saving = _saving(checkpoint, checkpoint_every, step, examples, options)
+        described = {
+            **options.described(),
+            "start": digest(step.state_dict()),
+            "steps": examples.steps,
+            **{k: _called(f) for k, f in (("objective", objective), ("augment", augment), ("evaluate", evaluate))},
+        }
+        saving = _saving(checkpoint, checkpoint_every, described)
         move(copy, engine.device)
         judge = _judge(copy, objective, evaluate, held_out, engine)
         hooks = Hooks(judge, augment, on_epoch, progress if engine.is_first else None, name)
@@ -182,14 +188,16 @@ def _check_choices(
         raise OptionError("warmup has no place before a one-cycle schedule", hint="its `rise` is the warm-up")
 
 
-def _saving(
-    path: str | Path | None, every: int | None, step: Step, examples: Examples, options: TrainingOptions
-) -> Saving | None:
+def _called(function: Any) -> str:
+    """What a callable is called; an instance by its class."""
+    return str(getattr(function, "__qualname__", type(function).__qualname__))
+
+
+def _saving(path: str | Path | None, every: int | None, described: dict[str, Any]) -> Saving | None:
     if path is None:
         return None
     if every is not None and every < 1:
         raise OptionError(f"checkpoint_every is {every}", hint="give a number of steps")
-    described = {"start": digest(step.state_dict()), "steps": examples.steps, **options.described()}
     folder = CheckpointFolder(path, described)
     folder.check()
     return Saving(folder, every)
