@@ -30,7 +30,7 @@ from ..rewrite import (
 )
 from .annotate import ABSORBED, annotation, clear_annotations, upper_bound
 from .observe import Site, Sites, sites_of
-from .ranges.observers import best_bounds
+from .ranges.squared_error import best_bounds
 from .spec import MOVING, NumberFormat, QuantParams, Target, as_float32, choose_params
 from .stem import blocks_for_stems
 
@@ -53,7 +53,7 @@ def fold_program(program: Program, target: Target, weight_ranges: str) -> int:
     if not sites.samples:
         raise QuantizationError("the observers have seen no data", hint="run the pass `calibrate` before `fold`")
     observes = list(find(program, torch.ops.fxpress.observe.default))
-    params = {n: _params(sites, int(n.args[1]), target) for n in observes}  # type: ignore[arg-type]
+    params = {n: params_of(sites, int(n.args[1]), target) for n in observes}  # type: ignore[arg-type]
     folding = _Folding(program, target, weight_ranges, params)
     layers = 0
     for node in list(program.graph.nodes):
@@ -78,7 +78,7 @@ def fold_program(program: Program, target: Target, weight_ranges: str) -> int:
 # -- activations ---------------------------------------------------------------------------------------------------
 
 
-def _params(sites: Sites, key: int, target: Target) -> QuantParams:
+def params_of(sites: Sites, key: int, target: Target) -> QuantParams:
     """The parameters of the root of `key`, its scale multiplied on the way."""
     root, factor = sites.root(key), sites.factor(key)
     params = _site_params(root, root.form or target.activation)
@@ -93,6 +93,10 @@ def _site_params(site: Site, form: NumberFormat) -> QuantParams:
         params = site.observer.params(form)
     except QuantizationError as error:
         raise QuantizationError(f"{site.layer}: {error.message}", hint=error.hint) from error
+    if not isinstance(params, QuantParams):
+        raise QuantizationError(
+            f"{site.layer}: activations with a scale per channel cannot be folded", hint="choose a scale per tensor"
+        )
     if site.bound is not None and params.high > site.bound:
         params = choose_params(params.low, site.bound, form)
     return params

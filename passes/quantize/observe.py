@@ -6,9 +6,9 @@ value does not exist on the target); where x comes from a float op or is an inpu
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterable
 from dataclasses import dataclass, field
-from typing import Any
 
 import torch
 from torch import fx
@@ -20,7 +20,9 @@ from ..base import Context
 from ..rewrite import call_after
 from .annotate import annotation, upper_bound
 from .conditions import rescaling
-from .ranges.observers import Observer, make_observer
+from .ranges.channels import RangeChoice
+from .ranges.observers import Observer
+from .running import Runner, in_parts
 from .spec import MOVING, NumberFormat, QuantParams
 
 
@@ -69,8 +71,8 @@ def sites_of(program: Program) -> Sites:
     return sites
 
 
-def insert_observers(program: Program, ranges: str) -> int:
-    """Insert `observe` nodes for all annotations. Returns how many."""
+def insert_observers(program: Program, ranges: RangeChoice) -> int:
+    """Insert `observe` nodes, with observers made by `ranges`, for all annotations. Returns how many."""
     declare_operators()
     sites = Sites()
     observed: dict[fx.Node, dict[NumberFormat | None, fx.Node]] = {}  # tensor -> its observe nodes, by format
@@ -94,7 +96,7 @@ def insert_observers(program: Program, ranges: str) -> int:
 
 
 def _observe_operand(
-    sites: Sites, observed: dict[NumberFormat | None, fx.Node], node: fx.Node, operand: fx.Node, ranges: str
+    sites: Sites, observed: dict[NumberFormat | None, fx.Node], node: fx.Node, operand: fx.Node, ranges: RangeChoice
 ) -> None:
     """Let `node` read `operand` through an observer of the format that it computes on.
 
@@ -113,9 +115,9 @@ def _observe_operand(
     node.replace_input_with(read, observed[form])
 
 
-def _add_site(sites: Sites, tensor: fx.Node, ranges: str, form: NumberFormat | None = None) -> Site:
+def _add_site(sites: Sites, tensor: fx.Node, ranges: RangeChoice, form: NumberFormat | None = None) -> Site:
     name = (tensor.meta.get("custom") or {}).get("float_name", tensor.name)
-    site = Site(len(sites.by_key), name, make_observer(ranges), form=form)
+    site = Site(len(sites.by_key), name, ranges.observer(form), form=form)
     sites.by_key[site.key] = site
     return site
 
@@ -153,14 +155,16 @@ def _key_before(node: fx.Node) -> int:
 
 
 def calibrate_program(program: Program, batches: Iterable[tuple[torch.Tensor, ...]], context: Context) -> int:
-    """Run all batches and let the observers see them. Memory is that of one batch. Returns the number of samples."""
+    """Run all batches and let the observers see them. Memory is that of a small part of a batch. Returns the number of
+    samples."""
     sites = sites_of(program)
-    runner = _Calibration(program.graph_module, sites)
-    placeholders = program.tensor_placeholders()
+    runner = Runner(program)
     count = 0
     for batch in batches:
-        runner.run_batch(program, placeholders, batch)
-        count += int(batch[0].shape[0]) if batch[0].ndim else 1
+        for part in in_parts(program, batch):
+            samples = int(part[0].shape[0]) if part[0].ndim else 1
+            runner.run_batch(part, functools.partial(_show, sites, samples))
+            count += samples
         if context.progress:
             context.progress("calibrate", count, None)
     if count == 0:
@@ -169,25 +173,12 @@ def calibrate_program(program: Program, batches: Iterable[tuple[torch.Tensor, ..
     return count
 
 
-class _Calibration(fx.Interpreter):
-    """Runs the graph and hands each observed tensor to its observer; values are freed once no node needs them."""
-
-    def __init__(self, module: fx.GraphModule, sites: Sites) -> None:
-        super().__init__(module, garbage_collect_values=True)
-        self.sites = sites
-
-    def run_batch(self, program: Program, placeholders: list[fx.Node], batch: tuple[torch.Tensor, ...]) -> None:
-        given = dict(zip(placeholders, batch, strict=True))
-        names = [n for n in program.graph.nodes if n.op == "placeholder"]
-        leaves = [given.get(n, e) for n, e in zip(names, program.example_inputs)]
-        with torch.no_grad():
-            self.run(*leaves, enable_io_processing=False)
-
-    def call_function(self, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        if target is not torch.ops.fxpress.observe.default:
-            return super().call_function(target, args, kwargs)
-        value, key = args
-        observer = self.sites.by_key[key].observer
-        if observer is not None:
-            observer.observe(value)
-        return value
+def _show(sites: Sites, samples: int, key: int, value: torch.Tensor) -> torch.Tensor:
+    """Let the observer of a site see its value."""
+    site = sites.by_key[key]
+    if site.observer is not None:
+        try:
+            site.observer.observe(value, samples)
+        except QuantizationError as error:
+            raise QuantizationError(f"{site.layer}: {error.message}", hint=error.hint) from error
+    return value

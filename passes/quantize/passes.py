@@ -15,10 +15,11 @@ from .accuracy.float_twin import keep_float_twin
 from .annotate import annotate_program
 from .fold import fold_program
 from .observe import calibrate_program, insert_observers
+from .ranges.channels import RangeChoice
 from .ranges.choose import choose_ranges
+from .ranges.rules import Ranges as Ranges
 from .spec import Target
 
-Ranges = Literal["auto", "minmax", "moving-average", "mse"]
 WeightRanges = Literal["minmax", "mse"]
 
 
@@ -53,15 +54,21 @@ class Annotate(Pass):
 @register_pass
 @dataclass(frozen=True)
 class Observe(Pass):
-    """Put an observer on every tensor that will be quantized."""
+    """Put an observer on every tensor that will be quantized.
+
+    `ranges` is the rule by which a range follows from the values; `auto` chooses by measuring. `percentile` (99.99) is
+    that of the rule of this name: how many percent of the values each end of the range includes.
+    """
 
     name = "observe"
     preserves = frozenset({VALUES, INTERFACE})
 
     ranges: Ranges = "auto"
+    percentile: float | None = None
 
     def run(self, program: Program, context: Context) -> Change:
-        return Change(insert_observers(program, self.ranges))
+        form = context.target.activation if context.target is not None else None
+        return Change(insert_observers(program, RangeChoice(self.ranges, self.percentile, form)))
 
 
 @register_pass
@@ -99,7 +106,7 @@ class Quantize(Pass):
     """Quantize for the target: annotate, observe, calibrate, fold.
 
     `keep_float`, `forms` and `use_integer` are those of `annotate`: what stays in float, and which optional forms of
-    the target are on.
+    the target are on. `ranges` and `percentile` are those of `observe`, `weights` is that of `fold`.
     """
 
     name = "quantize"
@@ -110,11 +117,12 @@ class Quantize(Pass):
     keep_float: tuple[str, ...] = ()
     forms: tuple[str, ...] = ()
     use_integer: tuple[str, ...] = ()
+    percentile: float | None = None
 
     def steps(self) -> tuple[Pass, ...]:
         """The passes that this one is short for."""
         annotate = Annotate(self.keep_float, self.forms, self.use_integer)
-        return annotate, Observe(self.ranges), Calibrate(), Fold(self.weights)
+        return annotate, Observe(self.ranges, self.percentile), Calibrate(), Fold(self.weights)
 
     def run(self, program: Program, context: Context) -> Change:
         changes = [step.run(program, context) for step in self.steps()]

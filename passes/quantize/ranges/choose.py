@@ -1,62 +1,55 @@
-"""Choose the range rule by measuring: fold with each candidate, run calibration samples, keep the most faithful.
+"""Choose the range rule by measuring: run calibration samples with each candidate, keep the most faithful.
 
 No rule wins everywhere. Clipping by squared error is best on CIFAR ResNets; on MobileNetV2, where a few huge values in
 the last blocks carry no meaning, the average of the samples' own ranges is 2.5 dB better (docs/results.md). The measure
 is the SQNR of the program's outputs against the float program on unlabelled calibration samples.
+
+A trial is not folded: the observed program runs with its weights rounded as folding will round them (once, for all
+rules) and each observed value rounded where it is read. That leaves out the rounding of biases to int32.
 """
 
 from __future__ import annotations
 
+import functools
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 
 import torch
+from torch import fx
+from torch.utils import _pytree as pytree
 
+from ....frontend.cost import count_macs
 from ....frontend.program import Program
 from ...base import Context
-from ...rewrite import aten, call_before, erase_dead, find, is_op, replace
-from ..fold import fold_program
-from ..observe import sites_of
-from ..spec import Target
-from .observers import OBSERVERS, Candidates
+from ..annotate import annotation
+from ..fold import params_of, quantize_weight, weight_scales
+from ..observe import Sites, sites_of
+from ..running import Runner, in_parts
+from ..spec import QuantParams, Target
+from .observers import Candidates
+from .rules import CANDIDATES
 
-_SAMPLES = 32
+_MOST_SAMPLES, _LEAST_SAMPLES = 32, 4
+_WORK = 10e9  # multiplications that one trial may take, the least number of samples aside
 
 
 def choose_ranges(program: Program, target: Target, weight_ranges: str, context: Context) -> list[str]:
     """Settle on one rule for all `Candidates` in the program. Returns notes, none if nothing was to choose."""
-    observers = [s.observer for s in sites_of(program).by_key.values()]
-    candidates = [o for o in observers if isinstance(o, Candidates)]
+    sites = sites_of(program)
+    candidates = [s.observer for s in sites.by_key.values() if isinstance(s.observer, Candidates)]
     if not candidates or context.calibration is None:
         return []
-    batches = list(_first_samples(program, context.calibration))
-    expected = [program_outputs(program, batch) for batch in batches]
+    parts = list(_first_samples(program, context.calibration))
+    expected = list(_outputs(Runner(program), parts, {}))
+    runner = Runner(program, functools.partial(_rounded_weights, target, weight_ranges))
     scores = {}
-    for rule in OBSERVERS:
+    for rule in CANDIDATES:
         _choose(candidates, rule)
-        trial = program.copy()
-        fold_program(trial, target, weight_ranges)
-        _stay_in_float(trial)
-        scores[rule] = mean_sqnr(expected, (program_outputs(trial, b) for b in batches))
+        scores[rule] = mean_sqnr(expected, _outputs(runner, parts, _roundings(sites, target)))
     best = max(scores, key=lambda rule: scores[rule])
     _choose(candidates, best)
     listed = ", ".join(f"{rule} {score:.1f} dB" for rule, score in scores.items())
     return [f"ranges by {best} (SQNR of the outputs on calibration samples: {listed})"]
-
-
-def _stay_in_float(trial: Program) -> None:
-    """Each quantize/dequantize pair as clamp(round(x / scale)) * scale: the same numbers without the way through
-    integers and back, which takes three quarters of the time."""
-    for node in find(trial, torch.ops.fxpress.dequantize.default):
-        q = node.args[0]
-        if is_op(q, torch.ops.fxpress.quantize.default):
-            x, scale, zero_point, dtype = q.args  # type: ignore[union-attr, misc]
-            limits = torch.iinfo(dtype)  # type: ignore[arg-type]
-            steps = call_before(node, aten.round.default, call_before(node, aten.div.Tensor, x, scale))
-            kept = call_before(node, aten.clamp.default, steps, limits.min - zero_point, limits.max - zero_point)  # type: ignore[operator]
-            replace(node, call_before(node, aten.mul.Tensor, kept, node.args[1]))
-    erase_dead(trial)
-    trial.graph_module.recompile()
 
 
 def _choose(candidates: list[Candidates], rule: str) -> None:
@@ -64,17 +57,62 @@ def _choose(candidates: list[Candidates], rule: str) -> None:
         candidate.chosen = rule
 
 
+# -- trials --------------------------------------------------------------------------------------------------------
+
+
+def _rounded_weights(target: Target, weight_ranges: str, node: fx.Node, weight: torch.Tensor) -> torch.Tensor:
+    """The weights of a layer as folding will round them; as they are where it stays in float."""
+    note = annotation(node)
+    if note is None or note.row.kind != "layer":
+        return weight
+    form = note.row.weight or target.weight
+    scales = weight_scales(weight, form, weight_ranges)
+    rounded = quantize_weight(weight, scales, form).float()
+    return rounded.mul_(scales.reshape(-1, *[1] * (weight.ndim - 1)))
+
+
+def _roundings(sites: Sites, target: Target) -> dict[int, QuantParams]:
+    """How values are rounded, by key; moves leave rounded values as they are."""
+    return {k: params_of(sites, k, target) for k, site in sites.by_key.items() if site.shared is None}
+
+
+def _outputs(
+    runner: Runner, parts: list[tuple[torch.Tensor, ...]], roundings: dict[int, QuantParams]
+) -> Iterator[tuple[torch.Tensor, ...]]:
+    """The flat outputs for each part."""
+    for part in parts:
+        result = runner.run_batch(part, functools.partial(_round, roundings))
+        yield tuple(x for x in pytree.tree_leaves(result) if isinstance(x, torch.Tensor))
+
+
+def _round(roundings: dict[int, QuantParams], key: int, value: torch.Tensor) -> torch.Tensor:
+    """The value as its integers would give it back."""
+    params = roundings.get(key)
+    if params is None:
+        return value
+    limits = torch.iinfo(params.dtype)
+    return torch.fake_quantize_per_tensor_affine(value, params.scale, params.zero_point, limits.min, limits.max)
+
+
 def _first_samples(
     program: Program, calibration: Iterable[tuple[torch.Tensor, ...]]
-) -> Iterable[tuple[torch.Tensor, ...]]:
-    """Batches until `_SAMPLES` are reached; the last is cut where the program's batch is dynamic."""
-    cut = all(i.dims and isinstance(i.dims[0], str) for i in program.inputs)
-    total = 0
+) -> Iterator[tuple[torch.Tensor, ...]]:
+    """Samples from the front, in parts as they are run: 32, fewer of a network that takes long."""
+    wanted = min(_MOST_SAMPLES, max(_LEAST_SAMPLES, int(_WORK / max(count_macs(program), 1))))
     for batch in calibration:
-        yield tuple(x[: _SAMPLES - total] for x in batch) if cut else batch
-        total += int(batch[0].shape[0]) if batch[0].ndim else 1
-        if total >= _SAMPLES:
-            return
+        for part in in_parts(program, batch):
+            count = int(part[0].shape[0]) if part[0].ndim else 1
+            yield tuple(x[:wanted] for x in part) if _can_cut(program) else part
+            wanted -= count
+            if wanted <= 0:
+                return
+
+
+def _can_cut(program: Program) -> bool:
+    return all(i.dims and isinstance(i.dims[0], str) for i in program.inputs)
+
+
+# -- the measure ---------------------------------------------------------------------------------------------------
 
 
 def program_outputs(program: Program, batch: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
