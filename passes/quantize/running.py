@@ -92,7 +92,22 @@ def _prepared(program: Program, weights: Weights | None) -> fx.Graph:
         else:
             new[node] = graph.node_copy(node, new.__getitem__)
             new[node].target = _in_place(node, new)
+            _replace_weight(program, node, new[node], weights)
     return _without_dead(graph)
+
+
+def _replace_weight(program: Program, node: fx.Node, copied: fx.Node, weights: Weights | None) -> None:
+    """Let a layer that is not prepared read the weights to compute with."""
+    if weights is None or node.op != "call_function" or len(node.args) < 2 or not is_constant(node.args[1]):
+        return
+    given = constant(program, node.args[1])
+    assert given is not None
+    given = given.detach()
+    used = weights(node, given)
+    if used is not given:
+        with copied.graph.inserting_before(copied):
+            held = copied.graph.call_function(Held(used))
+        copied.update_arg(1, held)
 
 
 def _without_dead(graph: fx.Graph) -> fx.Graph:
@@ -128,6 +143,18 @@ def _fresh(node: Any, new: dict[fx.Node, fx.Node]) -> fx.Node | None:
     if not isinstance(node, fx.Node) or len(node.users) != 1 or node.op != "call_function":
         return None
     return node if _is_prepared(new[node]) or node.target is aten.add.Tensor else None
+
+
+class Held:
+    """A tensor that a graph reads without storing it in its module."""
+
+    __name__ = "held"  # fx names nodes after their targets
+
+    def __init__(self, value: torch.Tensor) -> None:
+        self.value = value
+
+    def __call__(self) -> torch.Tensor:
+        return self.value
 
 
 class PreparedConvolution:

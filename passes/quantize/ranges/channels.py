@@ -1,4 +1,4 @@
-"""An observer for each channel of a tensor, for number formats with a scale per channel; and the choice between them."""
+"""An observer for each channel of a tensor, for formats with a scale per channel; and the choice between the two."""
 
 from __future__ import annotations
 

@@ -37,7 +37,7 @@ def choose_ranges(program: Program, target: Target, weight_ranges: str, context:
     """Settle on one rule for all `Candidates` in the program. Returns notes, none if nothing was to choose."""
     sites = sites_of(program)
     candidates = [s.observer for s in sites.by_key.values() if isinstance(s.observer, Candidates)]
-    if not candidates or context.calibration is None:
+    if not candidates or not sites.samples or context.calibration is None:
         return []
     parts = list(_first_samples(program, context.calibration))
     expected = list(_outputs(Runner(program), parts, {}))

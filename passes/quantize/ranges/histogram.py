@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 
 import torch
 
-_PER_SAMPLE = 1 << 13
+_WHOLE, _PER_SAMPLE = 1 << 15, 1 << 13
 
 
 @dataclass
@@ -113,12 +113,13 @@ def coarsened(histogram: Histogram, exponent: int) -> Histogram:
 
 
 def thinned(rows: torch.Tensor) -> torch.Tensor:
-    """At most about 2^13 values of each sample [N, values], evenly spread, as a flat float32 tensor.
+    """All values of samples [N, values] of up to 2^15 values, about 2^13 evenly spread ones of larger ones, as a flat
+    float32 tensor.
 
     The step depends on the shape alone, so batching still does not matter. It shares no factor with the sizes, so that
     all channels and places are met.
     """
-    step = -(-rows.shape[1] // _PER_SAMPLE)
+    step = -(-rows.shape[1] // _PER_SAMPLE) if rows.shape[1] > _WHOLE else 1
     while step > 1 and math.gcd(step, rows.shape[1]) > 1:
         step += 1
     return rows[:, ::step].reshape(-1).float()

@@ -47,7 +47,7 @@ class RangeObserver:
         lows, highs = rows.amin(1).double(), rows.amax(1).double()
         if not bool((torch.isfinite(lows) & torch.isfinite(highs)).all()):
             raise QuantizationError(
-                "calibration met NaN or infinity in an activation", hint="look for overflow in the model and in its data"
+                "calibration met NaN or infinity in an activation", hint="look for overflow in model and data"
             )
         self.statistics.extremes.add(lows, highs)
         if self._keeps_histogram():

@@ -62,7 +62,7 @@ def check_rule(ranges: str, percentile: float | None) -> float:
     if percentile is None:
         return DEFAULT_PERCENTILE
     if ranges not in ("auto", "percentile"):
-        raise OptionError(f"percentile has no effect with ranges={ranges}", hint="write ranges=percentile, or leave it out")
+        raise OptionError(f"percentile has no effect with ranges={ranges}", hint="write ranges=percentile")
     if not 50 < percentile <= 100:
         raise OptionError(f"percentile is {percentile}", hint="give more than 50 and at most 100, such as 99.99")
     return percentile
