@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import inspect
 import json
 import linecache
 import re
@@ -24,6 +25,7 @@ from torch import fx
 from torch.utils import _pytree as pytree
 
 from ..errors import FxpressError
+from .simulate import Simulator
 from .tensor_info import TensorInfo
 
 _FRAME = re.compile(r'File "(?P<file>[^"]+)", line (?P<line>\d+), in (?P<function>\S+)')
@@ -65,13 +67,26 @@ class Program:
     # -- running ------------------------------------------------------------------------------------------------
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        return self.graph_module(*args, **kwargs)
+        simulator = Simulator(self.graph_module)
+        if not simulator.kernels:
+            return self.graph_module(*args, **kwargs)
+        result = simulator.run(*self._leaves(args, kwargs), enable_io_processing=False)
+        return self.graph.process_outputs(result)
+
+    def _leaves(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Any]:
+        """A call's arguments in the order of the placeholders, given by position or by name."""
+        given = inspect.signature(self.graph_module.forward).bind(*args, **kwargs)
+        given.apply_defaults()
+        values = list(given.arguments.values())
+        count = self.input_spec.child(0).num_children
+        by_name = dict(zip(self.input_spec.child(1).context, values[count:]))
+        return pytree.tree_leaves((tuple(values[:count]), by_name))
 
     def run_flat(self, leaves: tuple[Any, ...] | list[Any]) -> tuple[torch.Tensor, ...]:
         """Run on the flat inputs in graph order and return the flat tensor outputs (no gradients)."""
         args, kwargs = pytree.tree_unflatten(list(leaves), self.input_spec)
         with torch.no_grad():
-            result = self.graph_module(*args, **kwargs)
+            result = self(*args, **kwargs)
         return tuple(x for x in pytree.tree_leaves(result) if isinstance(x, torch.Tensor))
 
     def call_example(self) -> tuple[torch.Tensor, ...]:

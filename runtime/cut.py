@@ -17,6 +17,7 @@ from torch.utils import _pytree as pytree
 from ..errors import VerificationError
 from ..frontend.operators import declare_operators
 from ..frontend.program import Program, describe_tensors, dtype_name, get_attribute
+from ..frontend.simulate import Simulator
 
 
 @dataclass(frozen=True)
@@ -100,24 +101,9 @@ def _as_program(program: Program, module: fx.GraphModule, sites: tuple[Site, ...
     return Program(module, (), (*program.inputs, *extra_inputs), (*extra_outputs, *program.outputs))
 
 
-class Watcher(fx.Interpreter):
-    """Runs a program and hands the value of each watched node to `values`; the rest is freed as soon as it is read."""
-
-    def __init__(self, program: Program, watched: set[fx.Node]) -> None:
-        super().__init__(program.graph_module)
-        self.watched = watched
-        self.values: dict[str, torch.Tensor] = {}
-
-    def run_node(self, n: fx.Node) -> Any:
-        value = super().run_node(n)
-        if n in self.watched:
-            self.values[n.name] = value
-        return value
-
-
 def watch(program: Program, leaves: list[Any], names: set[str]) -> tuple[dict[str, torch.Tensor], list[torch.Tensor]]:
     """(values of the named nodes, flat tensor outputs) on flat inputs, non-tensor leaves included."""
-    watcher = Watcher(program, {n for n in program.graph.nodes if n.name in names})
+    watcher = Simulator(program.graph_module, [n for n in program.graph.nodes if n.name in names])
     with torch.no_grad():
         result = watcher.run(*leaves, enable_io_processing=False)
     return watcher.values, [t for t in pytree.tree_leaves(result) if isinstance(t, torch.Tensor)]
