@@ -1,7 +1,7 @@
 """Turn an observed program into a quantized one: weights to int8, biases to int32, quantize/dequantize on activations.
 
-The result is a faithful simulation that still runs in PyTorch: every integer layer reads dequantized integers and its
-result is quantized; when the program runs, these patterns are computed as the runtime's kernels do (frontend/simulate.py).
+The result is a faithful simulation that still runs in PyTorch: every integer layer reads dequantized integers, and its
+result is quantized. When the program runs, these patterns are computed as the kernels do it (frontend/simulate.py).
 
     w_q = round(w / s_w)  in [-127, 127], s_w per output channel        b_q = round(b / (s_x * s_w))  in int32
 """
