@@ -5,6 +5,7 @@
     dequantize_channel(q, scale, axis)       the same with one scale per index of `axis`, zero point 0
     space_to_depth(x, block)                 [N, C, H, W] -> [N, block^2 C, H / block, W / block], as ONNX SpaceToDepth
     observe(x, key)                          x; the interpreter of the calibration hands x to observer number `key`
+    fake_quantize(x, scale, zero_point, ..)  dequantize(quantize(x)) in float, with gradients (learned_steps.py)
 
 The arithmetic is that of ONNX QuantizeLinear and DequantizeLinear (float32 division, round half to even, saturation),
 written once, here: observers, fake quantization, folding and lowering all mean this.
@@ -15,6 +16,8 @@ from __future__ import annotations
 import functools
 
 import torch
+
+from . import learned_steps
 
 NAMESPACE = "fxpress"
 
@@ -72,6 +75,7 @@ _OPERATORS = {
     "dequantize_channel(Tensor q, Tensor scale, int axis) -> Tensor": (dequantize_channel, _fake_dequantize_channel),
     "space_to_depth(Tensor x, int block) -> Tensor": (space_to_depth, space_to_depth),
     "observe(Tensor x, int key) -> Tensor": (_observe, lambda x, key: torch.empty_like(x)),
+    learned_steps.SCHEMA: (learned_steps.fake_quantize, learned_steps.fake_kernel),
 }
 
 
@@ -84,4 +88,10 @@ def declare_operators() -> torch.library.Library:
         library.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
         library.impl(name, implementation, "CompositeExplicitAutograd")
         torch.library.register_fake(f"{NAMESPACE}::{name}", fake, lib=library)
+    torch.library.register_autograd(
+        f"{NAMESPACE}::fake_quantize",
+        learned_steps.backward,
+        setup_context=learned_steps.keep_for_backward,
+        lib=library,
+    )
     return library

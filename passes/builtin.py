@@ -17,6 +17,8 @@ MODULES = (
     "quantize.accuracy.equalize",
     "quantize.accuracy.smooth",
     "quantize.accuracy.correct_bias",
+    "quantize.fake_quant",
+    "quantize.fold_fake_quant",
 )
 ENTRY_POINTS = "fxpress.passes"
 

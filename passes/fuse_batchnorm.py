@@ -9,6 +9,7 @@ from torch import fx
 
 from ..frontend.program import Program, layer_name
 from .base import INTERFACE, VALUES, Change, Context, Pass, register_pass
+from .kept_norm import keep_norm
 from .rewrite import (
     argument,
     aten,
@@ -41,15 +42,20 @@ class FuseBatchNorm(Pass):
     belong to this layer alone, and, for BatchNorm before a layer, (4) the layer does not pad: padding puts zeros where
     BatchNorm would have put c. (5) Batch statistics in training mode are data, not constants: they are refused.
     What is not fused is reported with its reason.
+
+    `keep` remembers what is fused after a layer, so that training with fake quantization can go on with the BatchNorm
+    that the model had (see `kept_norm`).
     """
 
     name = "fuse-batchnorm"
     preserves = frozenset({VALUES, INTERFACE})
 
+    keep: bool = False
+
     def run(self, program: Program, context: Context) -> Change:
         change = Change()
         for norm in find(program, aten.batch_norm.default):
-            reason = _fuse_after(program, norm)
+            reason = fuse_after(program, norm, self.keep)
             if reason is not None:
                 before = _fuse_before(program, norm)
                 reason = None if before is None else f"{reason}; {before}"
@@ -61,7 +67,7 @@ class FuseBatchNorm(Pass):
         return change
 
 
-def _fuse_after(program: Program, norm: fx.Node) -> str | None:
+def fuse_after(program: Program, norm: fx.Node, keep: bool = False) -> str | None:
     """Fuse into the layer that feeds `norm`. Returns why not, or None when done."""
     layer = norm.args[0]
     if not is_op(layer, *LAYERS):
@@ -73,6 +79,8 @@ def _fuse_after(program: Program, norm: fx.Node) -> str | None:
         return reason
     if is_op(layer, aten.linear.default) and norm.meta["val"].ndim != 2:
         return "BatchNorm normalizes another dimension than the linear layer's features"
+    if keep and not is_op(layer, *TRANSPOSED):
+        keep_norm(program, layer, norm)
     scale, shift = affine(program, norm)
     weight = constant(program, layer.args[1])
     assert weight is not None

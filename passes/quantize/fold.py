@@ -34,6 +34,7 @@ from .ranges.squared_error import best_bounds
 from .spec import MOVING, NumberFormat, QuantParams, Target, as_float32, choose_params
 from .stem import blocks_for_stems
 
+LEARNED_SCALES = "quantize_weight_scales"  # in a layer's meta: scales to fold with, one per output channel
 _BIAS_LIMIT = 2.0**30  # half of int32, so that adding the products to the bias cannot overflow
 
 
@@ -185,7 +186,9 @@ def _fold_layer(folding: _Folding, node: fx.Node) -> None:
     note = annotation(node)
     form = (note.row.weight if note else None) or folding.target.weight
     stored_bias = bias if folding.target.bias is not None else None
-    scales = weight_scales(weight.detach(), form, folding.weight_ranges)
+    scales = node.meta.pop(LEARNED_SCALES, None)
+    if scales is None:
+        scales = weight_scales(weight.detach(), form, folding.weight_ranges)
     if stored_bias is not None:
         least = (stored_bias.detach().double().abs() / (x_scale * _BIAS_LIMIT)).float()
         scales = torch.maximum(scales, least if form.per_channel else least.max())

@@ -1,0 +1,99 @@
+"""Fake quantization with learned steps: rounding that is trained through (operator `fxpress::fake_quantize`).
+
+    v = x / s        c = clamp(v, qmin - z, qmax - z)        y = round_half_even(c) * s
+
+Gradients (LSQ, Esser et al. 2020, arXiv 1902.08153), with rounding taken as the identity (straight-through estimator,
+Bengio et al. 2013):
+
+    dy/dx = 1 inside the range, 0 outside
+    dy/ds = round(c) - v inside, c outside, times the gradient scale 1 / sqrt(n * q)
+    dy/dz = 0 inside, -s outside, times the same (LSQ+, Bhalgat et al. 2020, arXiv 2004.09576)
+
+n is the number of values that share the scale, in one example where x is an activation; q is the largest number of
+steps from zero. y is what `dequantize(quantize(x))` gives, to the last bit.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+
+SCHEMA = (
+    "fake_quantize(Tensor x, Tensor scale, Tensor zero_point, int qmin, int qmax, int? axis=None) -> Tensor"
+)
+SMALLEST_SCALE = 2.0**-100  # a step that training drives to zero or below stays a step
+
+
+def fake_quantize(
+    x: torch.Tensor, scale: torch.Tensor, zero_point: torch.Tensor, qmin: int, qmax: int, axis: int | None = None
+) -> torch.Tensor:
+    """x rounded to multiples of `scale` and clamped to [qmin - z, qmax - z] of them, in the dtype of x.
+
+    `scale` [] or, along `axis`, [channels] (or [1]); `zero_point` [] is rounded to a whole number. At least float32
+    inside.
+    """
+    wide, step, low, high = _prepared(x, scale, zero_point, qmin, qmax, axis)
+    return wide.div(step).clamp_(low, high).round_().mul_(step).to(x.dtype)
+
+
+def effective_scale(scale: torch.Tensor) -> torch.Tensor:
+    """The scale that is computed with: positive, whatever training made of the parameter."""
+    return scale.detach().clamp_min(SMALLEST_SCALE)
+
+
+def _prepared(
+    x: torch.Tensor, scale: torch.Tensor, zero_point: torch.Tensor, qmin: int, qmax: int, axis: int | None
+) -> tuple[torch.Tensor, torch.Tensor, float, float]:
+    """x and scale ready to be divided, and the range in steps from zero."""
+    zero = round(float(zero_point))
+    shape = [-1 if i == axis else 1 for i in range(x.ndim)] if axis is not None else []
+    wide = x.to(torch.promote_types(x.dtype, torch.float32))
+    return wide, effective_scale(scale).reshape(shape), qmin - zero, qmax - zero
+
+
+def fake_kernel(
+    x: torch.Tensor, scale: torch.Tensor, zero_point: torch.Tensor, qmin: int, qmax: int, axis: int | None = None
+) -> torch.Tensor:
+    """The form of the result."""
+    return torch.empty_like(x)
+
+
+def keep_for_backward(ctx: Any, inputs: tuple[Any, ...], output: torch.Tensor) -> None:
+    """What `backward` needs."""
+    x, scale, zero_point, *ctx.limits = inputs
+    ctx.save_for_backward(x, scale, zero_point)
+
+
+def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+    """The gradients of x, scale and zero point."""
+    x, scale, zero_point = ctx.saved_tensors
+    qmin, qmax, axis = ctx.limits
+    wide, step, low, high = _prepared(x, scale, zero_point, qmin, qmax, axis)
+    steps = wide.div(step)
+    clamped = steps.clamp(low, high)
+    inside = clamped == steps
+    passed = grad * inside
+    weight = gradient_scale(x, scale, max(abs(low), abs(high)), axis)
+    grad_scale = grad_zero = None
+    if ctx.needs_input_grad[1]:
+        shares = clamped.round_().mul_(grad).sub_(steps.mul_(passed))
+        grad_scale = _summed(shares, axis).sum_to_size(scale.shape).mul(weight).to(scale.dtype)
+    if ctx.needs_input_grad[2]:
+        grad_zero = _summed((passed - grad) * step, None).mul_(weight).to(zero_point.dtype)
+    return passed, grad_scale, grad_zero, None, None, None
+
+
+def gradient_scale(x: torch.Tensor, scale: torch.Tensor, steps: float, axis: int | None) -> float:
+    """1 / sqrt(n * q): it balances how fast a scale and the values that it divides are learned."""
+    parts = scale.numel() if axis is not None else (x.shape[0] if x.ndim else 1)
+    return 1.0 / math.sqrt(max(x.numel() / max(parts, 1), 1.0) * max(steps, 1.0))
+
+
+def _summed(values: torch.Tensor, axis: int | None) -> torch.Tensor:
+    """The sum over all dims but `axis`."""
+    if axis is None:
+        return values.sum()
+    others = [i for i in range(values.ndim) if i != axis]
+    return values.sum(others) if others else values

@@ -1,0 +1,179 @@
+"""Turn a fake-quantized program into the integer program that it simulated.
+
+Everything that training learned becomes a range that folding takes as given: each `fake_quantize` of an activation an
+observed site with fixed parameters, each weight the numbers on its grid with their scales, each BatchNorm behind a
+quantized layer a factor in those scales. Then `fold` does what it does after calibration.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import fx
+
+from ...errors import QuantizationError
+from ...frontend.learned_steps import effective_scale
+from ...frontend.operators import declare_operators
+from ...frontend.program import Program, layer_name
+from ..base import INTERFACE, Change, Context, Pass, register_pass
+from ..fuse_batchnorm import affine, fuse_after
+from ..rewrite import (
+    argument,
+    aten,
+    call_after,
+    constant,
+    erase_dead,
+    is_op,
+    put_constant,
+    set_argument,
+)
+from .annotate import ABSORBED, KEY, Annotation
+from .fake_quant import MARK
+from .fold import LEARNED_SCALES, fold_program
+from .observe import Site, Sites
+from .spec import QuantParams, Target
+
+
+@register_pass
+@dataclass(frozen=True)
+class FoldFakeQuantize(Pass):
+    """Fold learned scales and weights into integers: exactly what `fake-quantize` simulated."""
+
+    name = "fold-fake-quantize"
+    preserves = frozenset({INTERFACE})
+
+    def run(self, program: Program, context: Context) -> Change:
+        if context.target is None:
+            raise QuantizationError("quantization needs a target", hint="pass --target, for example ort-x86")
+        return Change(fold_fake_quantized(program, context.target))
+
+
+def fold_fake_quantized(program: Program, target: Target) -> int:
+    """Fold in place. Returns the number of integer layers.
+
+    Raises QuantizationError for a program that is not fake-quantized, or whose activations have other numbers than the
+    target's.
+    """
+    declare_operators()
+    marks = {n: m for n in program.graph.nodes if (m := (n.meta.get("custom") or {}).get(MARK)) is not None}
+    if not any("site" in m for m in marks.values()):
+        raise QuantizationError("the program is not fake-quantized", hint="run the pass `fake-quantize` before this one")
+    for node in program.graph.nodes:  # or what folding puts in would inherit them
+        node.meta["custom"] = {k: v for k, v in (node.meta.get("custom") or {}).items() if k != MARK}
+    layers = [n for n, m in marks.items() if m.get("kind") == "layer"]
+    for layer in layers:
+        _fold_weight(program, layer)
+    sites = Sites(samples=1)
+    for node, mark in marks.items():
+        if "site" in mark:
+            _observe_again(program, node, mark["site"], sites)
+    for node, mark in marks.items():
+        _annotate_again(node, mark, target)
+    for node, mark in marks.items():
+        if mark.get("kind") == "move":
+            _share_again(node, sites)
+    program.graph_module.meta["observers"] = sites
+    erase_dead(program)
+    return fold_program(program, target, "minmax")
+
+
+def _annotate_again(node: fx.Node, mark: dict[str, Any], target: Target) -> None:
+    if mark.get("absorbed"):
+        node.meta[ABSORBED] = True
+    if "kind" in mark:
+        row = next((r for r in target.rows_about(node) if r.kind == mark["kind"]), None)
+        if row is None:
+            raise QuantizationError(
+                f"target {target.name} does not compute {layer_name(node)} ({node.target}) as a {mark['kind']}",
+                hint="fold for the target that `fake-quantize` ran for",
+            )
+        node.meta[KEY] = Annotation(row, ())
+
+
+# -- activations ---------------------------------------------------------------------------------------------------
+
+
+def _observe_again(program: Program, fake: fx.Node, site: dict[str, Any], sites: Sites) -> None:
+    """fake_quantize(x) -> observe(x) with the learned parameters."""
+    x, scale, zero_point, qmin, qmax = fake.args[:5]
+    if [qmin, qmax] != site["limits"]:
+        raise QuantizationError(
+            f"{site['layer']} simulates the numbers {qmin} to {qmax}, the target's are {site['limits']}",
+            hint="other widths are for simulation: give fake-quantize no activation_bits",
+        )
+    zero = constant(program, zero_point)
+    assert zero is not None
+    dtype = getattr(torch, site["dtype"])
+    params = QuantParams(_scale_value(program, scale), min(max(round(float(zero)), qmin), qmax), dtype)  # type: ignore
+    observe = _observe(x, Site(len(sites.by_key), site["layer"], fixed=params), sites)  # type: ignore[arg-type]
+    fake.replace_all_uses_with(observe)
+    fake.graph.erase_node(fake)
+
+
+def _observe(x: fx.Node, site: Site, sites: Sites) -> fx.Node:
+    sites.by_key[site.key] = site
+    node = call_after(x, torch.ops.fxpress.observe.default, x, site.key)
+    node.meta["custom"] = {**node.meta["custom"], "layer": site.layer, "module": layer_name(x)}
+    return node
+
+
+def _scale_value(program: Program, scale: Any) -> float:
+    """The scale that the simulation computes with; a bound on it is a clamp in the graph."""
+    if is_op(scale, aten.clamp.default):
+        inner = constant(program, scale.args[0])
+        assert inner is not None
+        return float(effective_scale(inner.detach().clamp(max=scale.args[2])))
+    value = constant(program, scale)
+    assert value is not None
+    return float(effective_scale(value))
+
+
+def _share_again(node: fx.Node, sites: Sites) -> None:
+    """Observe the output of a move with the scale of its input, as `insert_observers` does."""
+    if not isinstance(node.meta.get("val"), torch.Tensor) or any(
+        u.target is torch.ops.fxpress.observe.default and sites.by_key[int(u.args[1])].shared is not None  # type: ignore
+        for u in node.users
+    ):
+        return
+    source = node.all_input_nodes[0]
+    while source.target is not torch.ops.fxpress.observe.default:
+        source = source.all_input_nodes[0]
+    name = (node.meta.get("custom") or {}).get("float_name", node.name)
+    readers = list(node.users)
+    observe = _observe(node, Site(len(sites.by_key), name, shared=int(source.args[1])), sites)  # type: ignore[arg-type]
+    for reader in readers:
+        reader.replace_input_with(node, observe)
+
+
+# -- weights -------------------------------------------------------------------------------------------------------
+
+
+def _fold_weight(program: Program, layer: fx.Node) -> None:
+    """fake_quantize(W) -> its numbers as a constant, BatchNorm fused into them; the scales go into the layer's meta."""
+    fake = argument(layer, "weight")
+    weight, scale, zero_point = (constant(program, n) for n in fake.args[:3])
+    assert weight is not None
+    assert scale is not None
+    with torch.no_grad():
+        numbers = fake.target(weight, scale, zero_point, *fake.args[3:])
+    path = str(fake.args[0].target)
+    set_argument(layer, "weight", put_constant(program, path, torch.nn.Parameter(numbers), layer))
+    if not fake.users:
+        fake.graph.erase_node(fake)
+    scales = effective_scale(scale).double().expand(weight.shape[0])
+    norm = next(iter(layer.users)) if len(layer.users) == 1 else None
+    if norm is not None and is_op(norm, aten.batch_norm.default):
+        factor, _ = affine(program, norm)
+        reason = fuse_after(program, norm)
+        if reason is not None:
+            raise QuantizationError(f"the BatchNorm of {layer_name(layer)} cannot be folded: {reason}")
+        scales = scales * factor.abs()
+    layer.meta[LEARNED_SCALES] = _usable(scales)
+
+
+def _usable(scales: torch.Tensor) -> torch.Tensor:
+    """float32 scales; a channel whose weights BatchNorm made zero gets 1, which stores zeros exactly."""
+    narrow = scales.float()
+    return torch.where(narrow > 2.0**-100, narrow, torch.ones_like(narrow))
