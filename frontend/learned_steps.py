@@ -7,7 +7,8 @@ Bengio et al. 2013):
 
     dy/dx = 1 inside the range, 0 outside
     dy/ds = round(c) - v inside, c outside, times the gradient scale 1 / sqrt(n * q)
-    dy/dz = 0 inside, -s outside, times the same (LSQ+, Bhalgat et al. 2020, arXiv 2004.09576)
+    dy/dz = 0 inside, -s outside, times the same (LSQ+, Bhalgat et al. 2020, arXiv 2004.09576, who learn the smallest
+            real number b instead, with z = qmin - b / s: programs hold b, and z is computed in the graph)
 
 n is the number of values that share the scale, in one example where x is an activation; q is the largest number of
 steps from zero. y is what `dequantize(quantize(x))` gives, to the last bit.
@@ -31,8 +32,8 @@ def fake_quantize(
 ) -> torch.Tensor:
     """x rounded to multiples of `scale` and clamped to [qmin - z, qmax - z] of them, in the dtype of x.
 
-    `scale` [] or, along `axis`, [channels] (or [1]); `zero_point` [] is rounded to a whole number. At least float32
-    inside.
+    `scale` [] or, along `axis`, [channels] (or [1]); `zero_point` [] is rounded to a whole number of
+    [qmin, qmax]. At least float32 inside.
     """
     wide, step, low, high = _prepared(x, scale, zero_point, qmin, qmax, axis)
     return wide.div(step).clamp_(low, high).round_().mul_(step).to(x.dtype)
@@ -43,11 +44,16 @@ def effective_scale(scale: torch.Tensor) -> torch.Tensor:
     return scale.detach().clamp_min(SMALLEST_SCALE)
 
 
+def effective_zero_point(zero_point: torch.Tensor, qmin: int, qmax: int) -> int:
+    """The whole number that is computed with."""
+    return min(max(round(float(zero_point.detach())), qmin), qmax)
+
+
 def _prepared(
     x: torch.Tensor, scale: torch.Tensor, zero_point: torch.Tensor, qmin: int, qmax: int, axis: int | None
 ) -> tuple[torch.Tensor, torch.Tensor, float, float]:
     """x and scale ready to be divided, and the range in steps from zero."""
-    zero = round(float(zero_point))
+    zero = effective_zero_point(zero_point, qmin, qmax)
     shape = [-1 if i == axis else 1 for i in range(x.ndim)] if axis is not None else []
     wide = x.to(torch.promote_types(x.dtype, torch.float32))
     return wide, effective_scale(scale).reshape(shape), qmin - zero, qmax - zero

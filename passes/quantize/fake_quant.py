@@ -91,10 +91,12 @@ class FakeQuantize(Pass):
 
 @dataclass(frozen=True)
 class _Stored:
-    """Where the scale and the zero point of a site are kept, and its limits."""
+    """Where the scale of a site is kept, and its zero point or, where that is learned, its smallest real number; its
+    limits; the bound on its scale."""
 
     scale: str
-    zero_point: str
+    zero_point: str | None
+    lowest: str | None
     limits: tuple[int, int]
     ceiling: float | None
 
@@ -110,7 +112,7 @@ def insert_fake_quantization(program: Program, target: Target, options: FakeQuan
     for node in list(program.graph.nodes):
         note = annotation(node)
         if note is not None and note.row.kind == "layer":
-            form = _narrowed(getattr(note.row, "weight", None) or target.weight, options.weight_bits)
+            form = _narrowed(note.row.weight or target.weight, options.weight_bits)
             restored += form.per_channel and restore_norm(program, node) is not None
             _quantize_weight(program, node, form, options)
             count += 1
@@ -160,28 +162,36 @@ def _moves(value: Any) -> bool:
 
 def _description(sites: Sites, site: Site, target: Target) -> dict[str, Any]:
     form = _form_of(sites.root(site.key), target)
-    return {"layer": site.layer, "dtype": str(form.dtype).removeprefix("torch."), "limits": list(form.limits)}
+    dtype = str(form.dtype).removeprefix("torch.")
+    return {"layer": site.layer, "dtype": dtype, "limits": list(form.limits), "target": target.name}
 
 
 def _form_of(site: Site, target: Target) -> NumberFormat:
-    return getattr(site, "form", None) or target.activation
+    """The numbers that the target stores the tensor in."""
+    form = site.form or target.activation
+    return form if site.fixed is None else dataclasses.replace(form, dtype=site.fixed.dtype, bits=None)
 
 
 def _store(program: Program, before: fx.Node, site: Site, target: Target, options: FakeQuantize) -> _Stored:
     """Keep a site's scale and zero point as parameters (or buffers, where they are not learned)."""
-    form = _narrowed(_form_of(site, target), options.activation_bits)
-    if site.fixed is not None:
-        params, limits = site.fixed, _limits_of(site.fixed)
-        learned = False
+    stored = _form_of(site, target)
+    form = _narrowed(stored, options.activation_bits)
+    limits, learned = form.limits, options.learn_scales and site.fixed is None
+    if site.fixed is None:
+        params = _calibrated(site, form)
     else:
-        params, limits = _calibrated(site, form), form.limits
-        learned = options.learn_scales
+        params = site.fixed if form == stored else choose_params(site.fixed.low, site.fixed.high, form)
     moving = learned and options.learn_zero_points and limits[0] < params.zero_point and not form.symmetric
     ceiling = site.bound / (limits[1] - params.zero_point) if site.bound is not None else None
     name = f"fake_quantize.{site.layer}"
     scale = put_constant(program, f"{name}.scale", _tensor(params.scale, learned), before)
-    zero_point = put_constant(program, f"{name}.zero_point", _tensor(params.zero_point, moving), before)
-    return _Stored(str(scale.target), str(zero_point.target), limits, ceiling)
+    zero_point = lowest = None
+    if moving:
+        low = params.scale * (limits[0] - params.zero_point)
+        lowest = str(put_constant(program, f"{name}.lowest", _tensor(low, True), before).target)
+    else:
+        zero_point = str(put_constant(program, f"{name}.zero_point", _tensor(params.zero_point, False), before).target)
+    return _Stored(str(scale.target), zero_point, lowest, limits, ceiling)
 
 
 def _calibrated(site: Site, form: NumberFormat) -> QuantParams:
@@ -197,16 +207,18 @@ def _calibrated(site: Site, form: NumberFormat) -> QuantParams:
     return params
 
 
-def _limits_of(params: QuantParams) -> tuple[int, int]:
-    info = torch.iinfo(params.dtype)
-    return int(info.min), int(info.max)
-
-
 def _quantize_activation(program: Program, node: fx.Node, stored: _Stored) -> fx.Node:
-    scale, zero_point = (_read(program, node, path) for path in (stored.scale, stored.zero_point))
+    scale = _read(program, node, stored.scale)
+    value = scale.meta["val"]
     if stored.ceiling is not None:
         # A range above the bound of an activation that is absorbed would let through what it cuts off.
-        scale = call_before(node, aten.clamp.default, scale, None, stored.ceiling, value=scale.meta["val"])
+        scale = call_before(node, aten.clamp.default, scale, None, stored.ceiling, value=value)
+    if stored.lowest is None:
+        assert stored.zero_point is not None
+        zero_point = _read(program, node, stored.zero_point)
+    else:
+        steps = call_before(node, aten.div.Tensor, _read(program, node, stored.lowest), scale, value=value)
+        zero_point = call_before(node, aten.rsub.Scalar, steps, stored.limits[0], value=value)
     fake = call_before(
         node, torch.ops.fxpress.fake_quantize.default, node.args[0], scale, zero_point, *stored.limits
     )

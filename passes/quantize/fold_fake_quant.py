@@ -14,9 +14,9 @@ import torch
 from torch import fx
 
 from ...errors import QuantizationError
-from ...frontend.learned_steps import effective_scale
+from ...frontend.learned_steps import effective_scale, effective_zero_point
 from ...frontend.operators import declare_operators
-from ...frontend.program import Program, layer_name
+from ...frontend.program import Program, get_attribute, layer_name, set_attribute
 from ..base import INTERFACE, Change, Context, Pass, register_pass
 from ..fuse_batchnorm import affine, fuse_after
 from ..rewrite import (
@@ -59,9 +59,10 @@ def fold_fake_quantized(program: Program, target: Target) -> int:
     declare_operators()
     marks = {n: m for n in program.graph.nodes if (m := (n.meta.get("custom") or {}).get(MARK)) is not None}
     if not any("site" in m for m in marks.values()):
-        raise QuantizationError("the program is not fake-quantized", hint="run the pass `fake-quantize` before this one")
+        raise QuantizationError("the program is not fake-quantized", hint="run the pass `fake-quantize` before")
     for node in program.graph.nodes:  # or what folding puts in would inherit them
         node.meta["custom"] = {k: v for k, v in (node.meta.get("custom") or {}).items() if k != MARK}
+    _check_target(marks, target)
     layers = [n for n, m in marks.items() if m.get("kind") == "layer"]
     for layer in layers:
         _fold_weight(program, layer)
@@ -79,12 +80,20 @@ def fold_fake_quantized(program: Program, target: Target) -> int:
     return fold_program(program, target, "minmax")
 
 
+def _check_target(marks: dict[fx.Node, dict[str, Any]], target: Target) -> None:
+    simulated = {m["site"]["target"] for m in marks.values() if "site" in m}
+    if simulated != {target.name}:
+        raise QuantizationError(
+            f"the program simulates {', '.join(sorted(simulated))}, not {target.name}", hint="fold for that target"
+        )
+
+
 def _annotate_again(node: fx.Node, mark: dict[str, Any], target: Target) -> None:
     if mark.get("absorbed"):
         node.meta[ABSORBED] = True
     if "kind" in mark:
-        row = next((r for r in target.rows_about(node) if r.kind == mark["kind"]), None)
-        if row is None:
+        row = target.row_for(node)
+        if row is None or row.kind != mark["kind"]:
             raise QuantizationError(
                 f"target {target.name} does not compute {layer_name(node)} ({node.target}) as a {mark['kind']}",
                 hint="fold for the target that `fake-quantize` ran for",
@@ -103,10 +112,9 @@ def _observe_again(program: Program, fake: fx.Node, site: dict[str, Any], sites:
             f"{site['layer']} simulates the numbers {qmin} to {qmax}, the target's are {site['limits']}",
             hint="other widths are for simulation: give fake-quantize no activation_bits",
         )
-    zero = constant(program, zero_point)
-    assert zero is not None
-    dtype = getattr(torch, site["dtype"])
-    params = QuantParams(_scale_value(program, scale), min(max(round(float(zero)), qmin), qmax), dtype)  # type: ignore
+    zero = effective_zero_point(_evaluated(program, zero_point), int(qmin), int(qmax))  # type: ignore[arg-type]
+    step = float(effective_scale(_evaluated(program, scale)))
+    params = QuantParams(step, zero, getattr(torch, site["dtype"]))
     observe = _observe(x, Site(len(sites.by_key), site["layer"], fixed=params), sites)  # type: ignore[arg-type]
     fake.replace_all_uses_with(observe)
     fake.graph.erase_node(fake)
@@ -119,15 +127,13 @@ def _observe(x: fx.Node, site: Site, sites: Sites) -> fx.Node:
     return node
 
 
-def _scale_value(program: Program, scale: Any) -> float:
-    """The scale that the simulation computes with; a bound on it is a clamp in the graph."""
-    if is_op(scale, aten.clamp.default):
-        inner = constant(program, scale.args[0])
-        assert inner is not None
-        return float(effective_scale(inner.detach().clamp(max=scale.args[2])))
-    value = constant(program, scale)
-    assert value is not None
-    return float(effective_scale(value))
+def _evaluated(program: Program, value: Any) -> Any:
+    """What a node of parameters alone gives: a scale under its bound, a zero point from the smallest number."""
+    if not isinstance(value, fx.Node):
+        return value
+    if value.op == "get_attr":
+        return get_attribute(program.graph_module, str(value.target)).detach()
+    return value.target(*(_evaluated(program, a) for a in value.args))  # type: ignore[operator]
 
 
 def _share_again(node: fx.Node, sites: Sites) -> None:
@@ -158,10 +164,7 @@ def _fold_weight(program: Program, layer: fx.Node) -> None:
     assert scale is not None
     with torch.no_grad():
         numbers = fake.target(weight, scale, zero_point, *fake.args[3:])
-    path = str(fake.args[0].target)
-    set_argument(layer, "weight", put_constant(program, path, torch.nn.Parameter(numbers), layer))
-    if not fake.users:
-        fake.graph.erase_node(fake)
+    _put_weight(program, layer, fake, torch.nn.Parameter(numbers))
     scales = effective_scale(scale).double().expand(weight.shape[0])
     norm = next(iter(layer.users)) if len(layer.users) == 1 else None
     if norm is not None and is_op(norm, aten.batch_norm.default):
@@ -171,6 +174,20 @@ def _fold_weight(program: Program, layer: fx.Node) -> None:
             raise QuantizationError(f"the BatchNorm of {layer_name(layer)} cannot be folded: {reason}")
         scales = scales * factor.abs()
     layer.meta[LEARNED_SCALES] = _usable(scales)
+
+
+def _put_weight(program: Program, layer: fx.Node, fake: fx.Node, numbers: torch.nn.Parameter) -> None:
+    """Let `layer` read `numbers` instead of `fake`, under the name of the weight where nothing else reads that."""
+    source = fake.args[0]
+    assert isinstance(source, fx.Node)
+    readers = [u for n in fake.graph.nodes if n.op == "get_attr" and n.target == source.target for u in n.users]
+    if readers == [fake] and list(fake.users) == [layer]:
+        set_attribute(program.graph_module, str(source.target), numbers)
+    else:
+        source = put_constant(program, str(source.target), numbers, layer)
+    set_argument(layer, "weight", source)
+    if not fake.users:
+        fake.graph.erase_node(fake)
 
 
 def _usable(scales: torch.Tensor) -> torch.Tensor:

@@ -1,0 +1,377 @@
+"""Fake quantization: its arithmetic and gradients, that it trains, and that it folds into what it simulated."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import fx, nn
+from torch.nn import functional as F
+
+import fxpress
+from fxpress.backends.targets import load_target
+from fxpress.demo import DigitNet, load_digits
+from fxpress.errors import OptionError, QuantizationError
+from fxpress.frontend.learned_steps import backward, gradient_scale
+from fxpress.frontend.operators import declare_operators, dequantize, quantize
+from fxpress.passes.base import Context
+from fxpress.passes.manager import PassManager, op_counts
+from fxpress.passes.quantize.fake_quant import FakeQuantize
+from fxpress.runtime.verify import check_layers
+from fxpress.training.loop import fit
+
+TARGET = load_target("ort-x86")
+FUSED = "cleanup,canonicalize,fuse-batchnorm"
+KEPT = "cleanup,canonicalize,fuse-batchnorm{keep=true}"
+OBSERVED = "annotate,observe{ranges=mse},calibrate"
+
+
+class Net(nn.Module):
+    """Stem with ReLU6, depthwise with SiLU, a gate, a padded shortcut, concat, max pool, pool, head."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem = nn.Sequential(nn.Conv2d(3, 8, 3, 2, 1, bias=False), nn.BatchNorm2d(8), nn.ReLU6())
+        self.depthwise = nn.Sequential(nn.Conv2d(8, 8, 3, 1, 1, groups=8), nn.BatchNorm2d(8), nn.SiLU())
+        self.gate = nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Conv2d(8, 8, 1), nn.Sigmoid())
+        self.wide = nn.Conv2d(8, 12, 3, 1, 1)
+        self.norm = nn.BatchNorm2d(12)
+        self.head = nn.Linear(20, 5)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = self.stem(x)
+        y = self.depthwise(x)
+        x = x + y * self.gate(y)
+        shortcut = F.pad(x, (0, 0, 0, 0, 2, 2))
+        x = torch.cat([torch.relu(self.norm(self.wide(x)) + shortcut), x], 1)
+        return self.head(F.adaptive_avg_pool2d(F.max_pool2d(x, 2), 1).flatten(1))
+
+
+def data(count: int = 4, size: int = 8) -> list[tuple[torch.Tensor, ...]]:
+    generator = torch.Generator().manual_seed(3)
+    return [(torch.randn(size, 3, 16, 16, generator=generator),) for _ in range(count)]
+
+
+def captured(module: nn.Module | None = None) -> fxpress.Program:
+    torch.manual_seed(0)
+    module = module or Net()
+    for m in module.modules():
+        if isinstance(m, nn.BatchNorm2d):
+            nn.init.uniform_(m.weight, -1.5, 1.5)
+            nn.init.normal_(m.bias)
+            m.running_mean.normal_()
+            m.running_var.uniform_(0.5, 2)
+    return fxpress.capture(module.eval(), torch.randn(2, 3, 16, 16))
+
+
+def run(program: fxpress.Program, pipeline: str, target=TARGET) -> fxpress.Program:
+    return PassManager(pipeline).run(program, Context(target=target, calibration=data()))
+
+
+def faked(module: nn.Module | None = None, options: str = "", prepare: str = KEPT) -> fxpress.Program:
+    return run(captured(module), f"{prepare},{OBSERVED},fake-quantize{options}")
+
+
+def train(program: fxpress.Program, steps: int = 8, rate: float = 0.05) -> fxpress.Program:
+    """A few steps with labels drawn at random: enough to move everything."""
+    generator = torch.Generator().manual_seed(1)
+    parameters = [p for p in program.parameters() if p.requires_grad]
+    optimizer = torch.optim.SGD(parameters, lr=rate, momentum=0.9)
+    program.train()
+    for _ in range(steps):
+        x = torch.randn(16, 3, 16, 16, generator=generator)
+        loss = F.cross_entropy(program(x), torch.randint(5, (16,), generator=generator))
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    return program.eval()
+
+
+# -- the operator --------------------------------------------------------------------------------------------------
+
+
+@given(
+    scale=st.floats(2.0**-13, 16, width=32),
+    zero_point=st.integers(0, 255),
+    seed=st.integers(0, 2**16),
+)
+@settings(deadline=None, max_examples=60)
+def test_it_is_dequantize_of_quantize_to_the_last_bit(scale, zero_point, seed):
+    declare_operators()
+    x = torch.randn(200, generator=torch.Generator().manual_seed(seed)) * scale * 200
+    x[:20] = (torch.arange(20) - 10 + 0.5) * scale  # ties
+    want = dequantize(quantize(x, scale, zero_point, torch.uint8), scale, zero_point)
+    got = torch.ops.fxpress.fake_quantize(x, torch.tensor(scale), torch.tensor(float(zero_point)), 0, 255)
+    assert torch.equal(got, want)
+
+
+def straight_through(x, scale, zero_point, qmin, qmax):
+    """The same function from differentiable parts: rounding passes gradients, clamping stops them."""
+    z = zero_point + (zero_point.round() - zero_point).detach()
+    v = x / scale
+    c = torch.minimum(torch.maximum(v, qmin - z), qmax - z)
+    return (c + (c.round() - c).detach()) * scale
+
+
+@pytest.mark.parametrize("axis", [None, 0])
+def test_gradients_are_those_of_lsq(axis):
+    declare_operators()
+    torch.manual_seed(0)
+    x = (torch.randn(6, 5, 4, dtype=torch.float64) * 3).requires_grad_(True)
+    shape = [] if axis is None else [6]
+    scale = torch.full(shape, 0.3, dtype=torch.float64).mul_(torch.rand(shape) + 0.5).requires_grad_(True)
+    zero_point = torch.tensor(3.2 if axis is None else 0.0, dtype=torch.float64, requires_grad=axis is None)
+    out = torch.ops.fxpress.fake_quantize(x, scale, zero_point, -4, 7, axis)
+    weights = torch.randn_like(out)
+    inputs = [x, scale, zero_point] if axis is None else [x, scale]
+    got = torch.autograd.grad((out * weights).sum(), inputs)
+    reference = straight_through(x, scale if axis is None else scale.reshape(-1, 1, 1), zero_point, -4, 7)
+    assert torch.allclose(out, reference)
+    want = torch.autograd.grad((reference * weights).sum(), inputs)
+    balance = gradient_scale(x, scale, 7.0 if axis is None or axis == 0 else 4.0, axis)
+    assert torch.allclose(got[0], want[0])
+    assert torch.allclose(got[1], want[1] * balance)
+    if axis is None:
+        assert torch.allclose(got[2], want[2] * balance)
+    assert backward.__doc__
+
+
+def test_the_gradient_scale_counts_values_of_one_example_or_one_channel():
+    activation, weight = torch.zeros(8, 4, 5, 5), torch.zeros(6, 3, 2, 2)
+    assert gradient_scale(activation, torch.ones(()), 255, None) == pytest.approx((100 * 255) ** -0.5)
+    assert gradient_scale(weight, torch.ones(6), 127, 0) == pytest.approx((12 * 127) ** -0.5)
+    assert gradient_scale(weight, torch.ones(1), 127, 0) == pytest.approx((72 * 127) ** -0.5)
+
+
+# -- the program ---------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("prepare", "target"), [(FUSED, "ort-x86"), (KEPT, "ort-x86"), (KEPT, "ort-arm"), (KEPT, "ort-x86-avx2")]
+)
+def test_untrained_it_folds_into_what_calibration_alone_gives(prepare, target):
+    """BatchNorm kept or not: the integers are the same. So are they on every kind of number."""
+    table, program = load_target(target), captured()
+    fake = run(program, f"{prepare},{OBSERVED},fake-quantize{{weights=minmax}}", table)
+    assert ("aten.batch_norm.default" in op_counts(fake)) == (prepare == KEPT)
+    folded = run(fake, "fold-fake-quantize", table)
+    calibrated = run(program, f"{FUSED},{OBSERVED},fold", table)
+    assert op_counts(folded) == op_counts(calibrated)
+    (x,) = data(1)[0]
+    assert torch.equal(folded(x), calibrated(x))
+
+
+def simulated_values(fake: fxpress.Program, x: torch.Tensor) -> dict[str, torch.Tensor]:
+    """What each fake quantization of an activation gives, by the name of the float program's node."""
+    found: dict[str, torch.Tensor] = {}
+
+    class Watch(fx.Interpreter):
+        def run_node(self, n: fx.Node) -> object:
+            value = super().run_node(n)
+            site = (n.meta.get("custom") or {}).get("fake_quantized", {}).get("site")
+            if site:
+                found[site["layer"]] = value.detach()
+            return value
+
+    Watch(fake.graph_module).run(x)
+    return found
+
+
+def integer_steps(folded: fxpress.Program, x: torch.Tensor, simulated: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """By how many steps each tensor of the integer program differs from the simulated one, fed the simulated inputs."""
+    steps: dict[str, torch.Tensor] = {}
+
+    class Forced(fx.Interpreter):
+        def run_node(self, n: fx.Node) -> object:
+            value = super().run_node(n)
+            if n.target is torch.ops.fxpress.quantize.default:
+                layer = n.meta["custom"]["layer"]
+                want = quantize(simulated[layer], *n.args[1:])
+                steps[layer] = (value.int() - want.int()).abs()
+                return want
+            return value
+
+    Forced(folded.graph_module).run(x)
+    return steps
+
+
+@pytest.mark.parametrize(
+    ("prepare", "options"), [(FUSED, ""), (KEPT, "{learn_zero_points=true}"), (KEPT, "{learn_scales=false}")]
+)
+def test_trained_it_folds_into_what_it_simulated(prepare, options):
+    plain = dataclasses.replace(TARGET, stem_blocks=False)  # which would quantize x elsewhere
+    fake = train(run(captured(), f"{prepare},{OBSERVED},fake-quantize{options}", plain), rate=0.01)
+    folded = run(fake, "fold-fake-quantize", plain)
+    (x,) = data(1, 16)[0]
+    simulated = simulated_values(fake, x)
+    steps = integer_steps(folded, x, simulated)
+    assert steps.keys() == simulated.keys()
+    for layer, differences in steps.items():
+        assert differences.max() <= 1, layer
+        assert (differences == 0).float().mean() > 0.98, layer
+    largest = fake(x).abs().max()
+    assert (fake(x) - folded(x)).abs().max() < 0.02 * largest
+    parity = check_layers(folded, (x,))
+    assert parity.max_steps <= 1
+    assert parity.kept
+
+
+def test_everything_is_trained():
+    fake = faked(options="{learn_zero_points=true}")
+    before = {n: t.clone() for n, t in fake.state_dict().items()}
+    train(fake)
+    still = {n for n, t in fake.state_dict().items() if torch.equal(t, before[n])}
+    assert not [n for n, _ in fake.named_parameters() if n in still and not n.endswith((".bias", ".lowest"))]
+    moved = {n for n in before if n not in still}
+    assert {"stem.0.weight", "stem.0.weight_scale", "stem.1.running_mean", "stem.1.weight", "wide.weight"} <= moved
+    assert any(n.endswith(".lowest") for n in moved)
+    assert "fake_quantize.sigmoid.scale" in still, "a range that is known beforehand is not learned"
+    names = dict(fake.named_parameters())
+    assert "fake_quantize.relu.lowest" not in names, "what a ReLU cuts off must stay the smallest number"
+
+
+def test_the_range_of_an_absorbed_activation_stays_within_its_bound():
+    fake = faked()
+    with torch.no_grad():
+        dict(fake.named_parameters())["fake_quantize.hardtanh.scale"].fill_(1.0)
+    folded = run(fake, "fold-fake-quantize")
+    assert "aten.hardtanh.default" not in op_counts(folded)
+    nodes = {(n.meta.get("custom") or {}).get("layer"): n for n in folded.graph.nodes}
+    assert nodes["hardtanh"].args[1] == pytest.approx(6 / 255)
+
+
+def test_a_scale_driven_below_zero_is_still_a_scale():
+    fake = faked()
+    with torch.no_grad():
+        for name, parameter in fake.named_parameters():
+            if name.endswith("wide.weight_scale"):
+                parameter.fill_(-1.0)
+    (x,) = data(1)[0]
+    assert torch.isfinite(fake(x)).all()
+    assert torch.isfinite(run(fake, "fold-fake-quantize")(x)).all()
+
+
+def test_a_changed_layer_keeps_its_change_and_no_batchnorm():
+    """What was remembered is only put back into the layer that fusing left."""
+    program = run(captured(), KEPT)
+    with torch.no_grad():
+        dict(program.named_parameters())["wide.weight"].mul_(1.5)
+    fake = run(program, f"{OBSERVED},fake-quantize")
+    assert op_counts(fake)["aten.batch_norm.default"] == 2
+    (x,) = data(1)[0]
+    error = (fake(x) - program(x)).pow(2).mean() / program(x).pow(2).mean()
+    assert error < 0.01
+
+
+def test_shared_weights_and_parts_of_a_split():
+    class Shared(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.conv, self.last = nn.Conv2d(3, 3, 3, padding=1), nn.Conv2d(2, 4, 1)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            x = self.conv(torch.relu(self.conv(x) * 4))
+            first, second = x.split([2, 1], 1)
+            return torch.tanh(self.last(first) + second).mean((2, 3))
+
+    fake = faked(Shared())
+    parameters = [p for p in fake.parameters() if p.requires_grad]
+    optimizer = torch.optim.SGD(parameters, 0.05)
+    fake.train()
+    for (x,) in data():
+        optimizer.zero_grad()
+        fake(x).pow(2).sum().backward()
+        optimizer.step()
+    folded = run(fake.eval(), "fold-fake-quantize")
+    (x,) = data(1)[0]
+    assert torch.allclose(folded(x), fake(x), atol=0.02)
+    assert check_layers(folded, (x,)).kept
+
+
+def test_saved_and_loaded_it_trains_and_folds(tmp_path):
+    fake = train(faked(), 2)
+    fake.save(tmp_path / "fake.pt2")
+    loaded = fxpress.Program.load(tmp_path / "fake.pt2")
+    (x,) = data(1)[0]
+    assert torch.equal(loaded(x), fake(x))
+    assert {n for n, _ in loaded.named_parameters()} == {n for n, _ in fake.named_parameters()}
+    assert torch.equal(run(loaded, "fold-fake-quantize")(x), run(fake, "fold-fake-quantize")(x))
+    train(loaded, 2)
+    assert not torch.equal(loaded(x), fake(x))
+
+
+def test_one_scale_per_layer():
+    table = dataclasses.replace(TARGET, weight=dataclasses.replace(TARGET.weight, per_channel=False))
+    program = captured()
+    fake = train(run(program, f"{KEPT},{OBSERVED},fake-quantize", table))
+    assert "aten.batch_norm.default" not in op_counts(fake)
+    assert dict(fake.named_parameters())["wide.weight_scale"].shape == (1,)
+    folded = run(fake, "fold-fake-quantize", table)
+    (x,) = data(1)[0]
+    assert torch.allclose(folded(x), fake(x), atol=0.05)
+
+
+# -- what it is for ------------------------------------------------------------------------------------------------
+
+
+def test_few_bits_are_regained_by_training():
+    """2-bit weights and 3-bit activations, after calibration alone and after a short training: ten points at least."""
+    digits = load_digits()
+    torch.manual_seed(0)
+    module = fit(DigitNet(width=12), digits.inputs, digits.labels, epochs=4)
+    program = fxpress.capture(module, digits.inputs[:2])
+    context = Context(target=TARGET, calibration=[(x,) for x in digits.inputs[:256].split(32)])
+    narrow = "fake-quantize{weight_bits=2,activation_bits=3}"
+    fake = PassManager(f"{KEPT},{OBSERVED},{narrow}").run(program, context)
+
+    def accuracy(p: fxpress.Program) -> float:
+        return float((p.run_flat((digits.held_out_inputs,))[0].argmax(1) == digits.held_out_labels).float().mean())
+
+    calibrated = accuracy(fake)
+    trained = accuracy(fit(fake.copy(), digits.inputs, digits.labels, epochs=2, learning_rate=3e-3))
+    print(calibrated, trained, accuracy(program))
+    assert trained > calibrated + 0.1
+    assert trained > accuracy(program) - 0.15
+
+
+# -- what can go wrong ---------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("pipeline", "error", "message"),
+    [
+        ("fold-fake-quantize", QuantizationError, "not fake-quantized"),
+        (f"{FUSED},annotate,fake-quantize", QuantizationError, "no observers"),
+        (f"{FUSED},annotate,observe{{ranges=mse}},fake-quantize", QuantizationError, "seen no data"),
+        (f"{FUSED},{OBSERVED},fake-quantize{{weight_bits=1}}", OptionError, "weight_bits is 1"),
+        (f"{FUSED},{OBSERVED},fake-quantize{{activation_bits=9}}", OptionError, "activation_bits is 9"),
+        (f"{FUSED},{OBSERVED},fake-quantize{{learn_scales=false,learn_zero_points=true}}", OptionError, "no effect"),
+        (f"{FUSED},{OBSERVED},fake-quantize{{activation_bits=4}},fold-fake-quantize", QuantizationError, "simulates"),
+    ],
+)
+def test_mistakes_are_explained(pipeline, error, message):
+    with pytest.raises(error, match=message) as caught:
+        run(captured(), pipeline)
+    assert "hint:" in str(caught.value)
+
+
+def test_folding_for_another_target_is_refused():
+    with pytest.raises(QuantizationError, match="simulates ort-x86, not ort-arm"):
+        run(faked(), "fold-fake-quantize", load_target("ort-arm"))
+
+
+def test_a_target_is_needed():
+    with pytest.raises(QuantizationError, match="target"):
+        PassManager([FakeQuantize()]).run(captured(), Context())
+
+
+def test_narrow_weights_fold_into_the_storage_of_the_target():
+    fake = faked(options="{weight_bits=4}")
+    folded = run(fake, "fold-fake-quantize")
+    (x,) = data(1)[0]
+    assert folded.state_dict()["wide.weight"].abs().max() <= 7
+    assert torch.allclose(folded(x), fake(x), atol=0.05)
+    assert check_layers(folded, (x,)).kept
