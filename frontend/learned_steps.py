@@ -6,9 +6,14 @@ Gradients (LSQ, Esser et al. 2020, arXiv 1902.08153), with rounding taken as the
 Bengio et al. 2013):
 
     dy/dx = 1 inside the range, 0 outside
-    dy/ds = round(c) - v inside, c outside, times the gradient scale 1 / sqrt(n * q)
-    dy/dz = 0 inside, -s outside, times the same (LSQ+, Bhalgat et al. 2020, arXiv 2004.09576, who learn the smallest
-            real number b instead, with z = qmin - b / s: programs hold b, and z is computed in the graph)
+    dy/ds = round(c) - v inside, c outside
+    dy/dz = 0 inside, -s outside
+
+LSQ weighs dL/ds by w = 1 / sqrt(n q), so that a step of training changes a scale by about the same share as the values.
+Here what is learned is that share: programs hold the logarithm of the factor by which a scale has changed, so that no
+scale becomes negative, and Adam, too, changes small and large scales alike (Jain et al. 2020, arXiv 1903.08066, "TQT").
+Its gradient is LSQ's for the share, w dL/ds / s, through tanh, as in TQT, so that no step is large. A zero point is
+learned by the share of the range that it moves (LSQ+, Bhalgat et al. 2020, arXiv 2004.09576), in the same way.
 
 n is the number of values that share the scale, in one example where x is an activation; q is the largest number of
 steps from zero. y is what `dequantize(quantize(x))` gives, to the last bit.
@@ -21,10 +26,8 @@ from typing import Any
 
 import torch
 
-SCHEMA = (
-    "fake_quantize(Tensor x, Tensor scale, Tensor zero_point, int qmin, int qmax, int? axis=None) -> Tensor"
-)
-SMALLEST_SCALE = 2.0**-100  # a step that training drives to zero or below stays a step
+SCHEMA = "fake_quantize(Tensor x, Tensor scale, Tensor zero_point, int qmin, int qmax, int? axis=None) -> Tensor"
+_SCALES = (2.0**-100, 2.0**100)  # a step that training drives to zero or to infinity stays a number
 
 
 def fake_quantize(
@@ -40,8 +43,8 @@ def fake_quantize(
 
 
 def effective_scale(scale: torch.Tensor) -> torch.Tensor:
-    """The scale that is computed with: positive, whatever training made of the parameter."""
-    return scale.detach().clamp_min(SMALLEST_SCALE)
+    """The scale that is computed with: positive and finite, whatever training made of it."""
+    return scale.detach().clamp(*_SCALES)
 
 
 def effective_zero_point(zero_point: torch.Tensor, qmin: int, qmax: int) -> int:
@@ -73,7 +76,7 @@ def keep_for_backward(ctx: Any, inputs: tuple[Any, ...], output: torch.Tensor) -
 
 
 def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-    """The gradients of x, scale and zero point."""
+    """The gradients of x, scale and zero point; those of the last two are such that their shares learn well."""
     x, scale, zero_point = ctx.saved_tensors
     qmin, qmax, axis = ctx.limits
     wide, step, low, high = _prepared(x, scale, zero_point, qmin, qmax, axis)
@@ -85,9 +88,12 @@ def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
     grad_scale = grad_zero = None
     if ctx.needs_input_grad[1]:
         shares = clamped.round_().mul_(grad).sub_(steps.mul_(passed))
-        grad_scale = _summed(shares, axis).sum_to_size(scale.shape).mul(weight).to(scale.dtype)
+        size = effective_scale(scale)
+        total = _summed(shares, axis).sum_to_size(scale.shape)
+        grad_scale = (torch.tanh(total * weight / size) / size).to(scale.dtype)
     if ctx.needs_input_grad[2]:
-        grad_zero = _summed((passed - grad) * step, None).mul_(weight).to(zero_point.dtype)
+        total = _summed((passed - grad) / step, None)
+        grad_zero = (torch.tanh(total * weight / (qmax - qmin)) / (qmax - qmin)).to(zero_point.dtype)
     return passed, grad_scale, grad_zero, None, None, None
 
 

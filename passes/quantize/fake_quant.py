@@ -1,7 +1,8 @@
 """Fake quantization: the program computes in float on the numbers that its quantized form will have, and trains.
 
-`fake-quantize` puts `fxpress::fake_quantize` in the place of each observer and on each layer's weights. Every scale is
-a parameter that starts from the calibrated range and is learned with the weights (LSQ, frontend/learned_steps.py).
+`fake-quantize` puts `fxpress::fake_quantize` in the place of each observer and on each layer's weights. Every scale
+starts from the calibrated range and is learned with the weights (LSQ, frontend/learned_steps.py): beside the scale s
+there is a parameter `log_change`, and what is computed with is s exp(log_change).
 
 BatchNorm that `fuse-batchnorm{keep=true}` remembered is put back behind its layer. Where weights have a scale per
 output channel, folding it needs no correction during training (as Jacob et al. 2018, arXiv 1712.05877, and
@@ -9,12 +10,15 @@ Krishnamoorthi 2018, arXiv 1806.08342, need for one scale per layer): BatchNorm'
 channel's scale, since  quantize(a W, |a| s) = sign(a) quantize(W, s).  So W is quantized as it is, the norm follows in
 float, and folding later gives the same integers. With one scale per layer BatchNorm stays fused.
 
-Biases stay in float: their int32 form has steps of input scale x weight scale, one unit of the accumulator.
+A weight scale above max |W| / qmax would leave numbers unused, and one that a step of training throws far above it
+would round all weights to zero; so that is its bound. Biases stay in float: their int32 form has steps of input scale x
+weight scale, at most what the largest weight makes of a 127th of a step of its input.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import itertools
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -91,12 +95,9 @@ class FakeQuantize(Pass):
 
 @dataclass(frozen=True)
 class _Stored:
-    """Where the scale of a site is kept, and its zero point or, where that is learned, its smallest real number; its
-    limits; the bound on its scale."""
+    """Where the parameters of a site are kept, its limits, and the bound on its scale."""
 
-    scale: str
-    zero_point: str | None
-    lowest: str | None
+    name: str
     limits: tuple[int, int]
     ceiling: float | None
 
@@ -183,15 +184,24 @@ def _store(program: Program, before: fx.Node, site: Site, target: Target, option
         params = site.fixed if form == stored else choose_params(site.fixed.low, site.fixed.high, form)
     moving = learned and options.learn_zero_points and limits[0] < params.zero_point and not form.symmetric
     ceiling = site.bound / (limits[1] - params.zero_point) if site.bound is not None else None
-    name = f"fake_quantize.{site.layer}"
-    scale = put_constant(program, f"{name}.scale", _tensor(params.scale, learned), before)
-    zero_point = lowest = None
+    name = _free_name(program, f"fake_quantize.{site.layer}")
+    _keep(program, before, f"{name}.scale", params.scale, learned=False)
+    _keep(program, before, f"{name}.zero_point", params.zero_point, learned=False)
+    if learned:
+        _keep(program, before, f"{name}.log_change", 0.0, learned=True)
     if moving:
-        low = params.scale * (limits[0] - params.zero_point)
-        lowest = str(put_constant(program, f"{name}.lowest", _tensor(low, True), before).target)
-    else:
-        zero_point = str(put_constant(program, f"{name}.zero_point", _tensor(params.zero_point, False), before).target)
-    return _Stored(str(scale.target), zero_point, lowest, limits, ceiling)
+        _keep(program, before, f"{name}.shift", 0.0, learned=True)
+    return _Stored(name, limits, ceiling)
+
+
+def _free_name(program: Program, name: str) -> str:
+    used = {str(n.target).rpartition(".")[0] for n in program.graph.nodes if n.op == "get_attr"}
+    return next(n for i in itertools.count() if (n := f"{name}_{i}" if i else name) not in used)
+
+
+def _keep(program: Program, before: fx.Node, path: str, value: float, learned: bool) -> None:
+    tensor = torch.tensor(float(value), dtype=torch.float32)
+    put_constant(program, path, torch.nn.Parameter(tensor) if learned else tensor, before)
 
 
 def _calibrated(site: Site, form: NumberFormat) -> QuantParams:
@@ -208,22 +218,27 @@ def _calibrated(site: Site, form: NumberFormat) -> QuantParams:
 
 
 def _quantize_activation(program: Program, node: fx.Node, stored: _Stored) -> fx.Node:
-    scale = _read(program, node, stored.scale)
+    scale, zero_point = (_read(program, node, f"{stored.name}.{part}") for part in ("scale", "zero_point"))
     value = scale.meta["val"]
+    held = {n.target for n in program.graph.nodes if n.op == "get_attr"}
+    if f"{stored.name}.log_change" in held:
+        scale = _changed(node, scale, _read(program, node, f"{stored.name}.log_change"))
     if stored.ceiling is not None:
         # A range above the bound of an activation that is absorbed would let through what it cuts off.
         scale = call_before(node, aten.clamp.default, scale, None, stored.ceiling, value=value)
-    if stored.lowest is None:
-        assert stored.zero_point is not None
-        zero_point = _read(program, node, stored.zero_point)
-    else:
-        steps = call_before(node, aten.div.Tensor, _read(program, node, stored.lowest), scale, value=value)
-        zero_point = call_before(node, aten.rsub.Scalar, steps, stored.limits[0], value=value)
-    fake = call_before(
-        node, torch.ops.fxpress.fake_quantize.default, node.args[0], scale, zero_point, *stored.limits
-    )
+    if f"{stored.name}.shift" in held:
+        share = _read(program, node, f"{stored.name}.shift")
+        steps = call_before(node, aten.mul.Tensor, share, float(stored.limits[1] - stored.limits[0]), value=value)
+        zero_point = call_before(node, aten.add.Tensor, zero_point, steps, value=value)
+    fake = call_before(node, torch.ops.fxpress.fake_quantize.default, node.args[0], scale, zero_point, *stored.limits)
     replace(node, fake)
     return fake
+
+
+def _changed(before: fx.Node, scale: fx.Node, log_change: fx.Node) -> fx.Node:
+    """scale * exp(log_change)"""
+    factor = call_before(before, aten.exp.default, log_change, value=log_change.meta["val"])
+    return call_before(before, aten.mul.Tensor, scale, factor, value=scale.meta["val"])
 
 
 def _read(program: Program, before: fx.Node, path: str) -> fx.Node:
@@ -244,11 +259,6 @@ def _narrowed(form: NumberFormat, bits: int | None) -> NumberFormat:
     return form if bits is None or bits >= own else dataclasses.replace(form, bits=bits)
 
 
-def _tensor(value: float, learned: bool) -> torch.Tensor:
-    tensor = torch.tensor(float(value), dtype=torch.float32)
-    return torch.nn.Parameter(tensor) if learned else tensor
-
-
 def _zero(program: Program, before: fx.Node) -> fx.Node:
     """The zero point of everything symmetric."""
     known = any(n.op == "get_attr" and n.target == _ZERO for n in program.graph.nodes)
@@ -265,13 +275,25 @@ def _quantize_weight(program: Program, layer: fx.Node, form: NumberFormat, optio
     assert weight is not None
     scales = weight_scales(weight.detach(), form, options.weights)
     scales = scales if form.per_channel else scales[:1].clone()
-    path = f"{source.target}_scale"
-    kept = torch.nn.Parameter(scales) if options.learn_scales else scales
-    scale = put_constant(program, path, kept, layer)
-    zero_point = _zero(program, layer)
+    scale = put_constant(program, f"{source.target}_scale", scales, layer)
     limit = form.limits[1]
+    if options.learn_scales:
+        change = torch.nn.Parameter(torch.zeros_like(scales))
+        scale = _changed(layer, scale, put_constant(program, f"{source.target}_log_change", change, layer))
+        most = _largest(layer, source, form, limit)
+        scale = call_before(layer, aten.minimum.default, scale, most, value=scale.meta["val"])
     fake = call_before(
-        layer, torch.ops.fxpress.fake_quantize.default, source, scale, zero_point, -limit, limit, 0,
+        layer, torch.ops.fxpress.fake_quantize.default, source, scale, _zero(program, layer), -limit, limit, 0,
         value=source.meta["val"],
     )  # fmt: skip
     layer.replace_input_with(source, fake)
+
+
+def _largest(layer: fx.Node, source: fx.Node, form: NumberFormat, limit: int) -> fx.Node:
+    """The scale with which the largest weight of a channel (of all, for one scale) is the largest number."""
+    weight = source.meta["val"]
+    sizes = call_before(layer, aten.abs.default, source, value=weight)
+    rows = [weight.shape[0] if form.per_channel else 1, -1]
+    flat = call_before(layer, aten.reshape.default, sizes, rows, value=weight.reshape(rows))
+    most = call_before(layer, aten.amax.default, flat, [1], value=flat.meta["val"].amax(1))
+    return call_before(layer, aten.div.Tensor, most, float(limit), value=most.meta["val"])

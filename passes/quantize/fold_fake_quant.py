@@ -23,7 +23,6 @@ from ..rewrite import (
     argument,
     aten,
     call_after,
-    constant,
     erase_dead,
     is_op,
     put_constant,
@@ -159,10 +158,8 @@ def _share_again(node: fx.Node, sites: Sites) -> None:
 def _fold_weight(program: Program, layer: fx.Node) -> None:
     """fake_quantize(W) -> its numbers as a constant, BatchNorm fused into them; the scales go into the layer's meta."""
     fake = argument(layer, "weight")
-    weight, scale, zero_point = (constant(program, n) for n in fake.args[:3])
-    assert weight is not None
-    assert scale is not None
     with torch.no_grad():
+        weight, scale, zero_point = (_evaluated(program, n) for n in fake.args[:3])
         numbers = fake.target(weight, scale, zero_point, *fake.args[3:])
     _put_weight(program, layer, fake, torch.nn.Parameter(numbers))
     scales = effective_scale(scale).double().expand(weight.shape[0])
@@ -180,14 +177,23 @@ def _put_weight(program: Program, layer: fx.Node, fake: fx.Node, numbers: torch.
     """Let `layer` read `numbers` instead of `fake`, under the name of the weight where nothing else reads that."""
     source = fake.args[0]
     assert isinstance(source, fx.Node)
-    readers = [u for n in fake.graph.nodes if n.op == "get_attr" and n.target == source.target for u in n.users]
-    if readers == [fake] and list(fake.users) == [layer]:
+    set_argument(layer, "weight", source)
+    _erase_unread(fake, keep=source)
+    readers = [u for n in layer.graph.nodes if n.op == "get_attr" and n.target == source.target for u in n.users]
+    if readers == [layer]:
         set_attribute(program.graph_module, str(source.target), numbers)
     else:
-        source = put_constant(program, str(source.target), numbers, layer)
-    set_argument(layer, "weight", source)
-    if not fake.users:
-        fake.graph.erase_node(fake)
+        set_argument(layer, "weight", put_constant(program, str(source.target), numbers, layer))
+
+
+def _erase_unread(node: fx.Node, keep: fx.Node) -> None:
+    """Erase a node that nothing reads, and then those that it read."""
+    if node is keep or node.users:
+        return
+    inputs = node.all_input_nodes
+    node.graph.erase_node(node)
+    for source in inputs:
+        _erase_unread(source, keep)
 
 
 def _usable(scales: torch.Tensor) -> torch.Tensor:
