@@ -37,7 +37,7 @@ from .fold import weight_scales
 from .observe import Site, Sites, sites_of
 from .ranges.choose import choose_ranges
 from .ranges.observers import Candidates
-from .spec import NumberFormat, QuantParams, Target, choose_params
+from .spec import MOVING, NumberFormat, QuantParams, Target, choose_params
 
 MARK = "fake_quantized"  # in meta["custom"], which archives keep: what folding must know of a node
 _LOW_BIT_RULE = "mse"
@@ -155,7 +155,7 @@ def _finish(program: Program, marks: dict[fx.Node, dict[str, Any]]) -> None:
 def _moves(value: Any) -> bool:
     """A move's output is on the grid of its input: there is nothing to round."""
     note = annotation(value) if isinstance(value, fx.Node) else None
-    return note is not None and note.row.kind == "move"
+    return note is not None and note.row.kind in MOVING
 
 
 # -- activations ---------------------------------------------------------------------------------------------------

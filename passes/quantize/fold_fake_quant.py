@@ -31,8 +31,8 @@ from ..rewrite import (
 from .annotate import ABSORBED, KEY, Annotation
 from .fake_quant import MARK
 from .fold import LEARNED_SCALES, fold_program
-from .observe import Site, Sites
-from .spec import QuantParams, Target
+from .observe import Site, Sites, describe_site
+from .spec import MOVING, QuantParams, Target
 
 
 @register_pass
@@ -72,7 +72,7 @@ def fold_fake_quantized(program: Program, target: Target) -> int:
     for node, mark in marks.items():
         _annotate_again(node, mark, target)
     for node, mark in marks.items():
-        if mark.get("kind") == "move":
+        if mark.get("kind") in MOVING:
             _share_again(node, sites)
     program.graph_module.meta["observers"] = sites
     erase_dead(program)
@@ -137,17 +137,12 @@ def _evaluated(program: Program, value: Any) -> Any:
 
 def _share_again(node: fx.Node, sites: Sites) -> None:
     """Observe the output of a move with the scale of its input, as `insert_observers` does."""
-    if not isinstance(node.meta.get("val"), torch.Tensor) or any(
-        u.target is torch.ops.fxpress.observe.default and sites.by_key[int(u.args[1])].shared is not None  # type: ignore
-        for u in node.users
-    ):
+    if not isinstance(node.meta.get("val"), torch.Tensor):
         return
-    source = node.all_input_nodes[0]
-    while source.target is not torch.ops.fxpress.observe.default:
-        source = source.all_input_nodes[0]
-    name = (node.meta.get("custom") or {}).get("float_name", node.name)
+    site = Site(len(sites.by_key), (node.meta.get("custom") or {}).get("float_name", node.name))
+    describe_site(site, node)
     readers = list(node.users)
-    observe = _observe(node, Site(len(sites.by_key), name, shared=int(source.args[1])), sites)  # type: ignore[arg-type]
+    observe = _observe(node, site, sites)
     for reader in readers:
         reader.replace_input_with(node, observe)
 

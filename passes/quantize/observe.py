@@ -84,7 +84,7 @@ def insert_observers(program: Program, ranges: RangeChoice) -> int:
             _observe_operand(sites, observed.setdefault(operand, {}), node, operand, ranges)
         if note.output is not None and _is_tensor(note.output):
             site = _add_site(sites, note.output, ranges, note.row.activation)
-            _describe(site, node)
+            describe_site(site, node)
             if site.shared is not None:
                 site.form = sites.root(site.key).form
             readers = list(note.output.users)
@@ -128,7 +128,7 @@ def _observe_node(tensor: fx.Node, site: Site) -> fx.Node:
     return node
 
 
-def _describe(site: Site, node: fx.Node) -> None:
+def describe_site(site: Site, node: fx.Node) -> None:
     """Say where the parameters of an integer op's output come from, other than from observing it."""
     note = annotation(node)
     assert note is not None
