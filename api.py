@@ -25,6 +25,7 @@ from .passes.pipeline import make_pass
 from .passes.prune import planning
 from .passes.prune.plan import PruningPlan
 from .passes.quantize.passes import Ranges
+from .passes.quantize.placement.fallback import Budget
 from .recipe import DEFAULT, parse_drop, resolve_passes
 from .runtime.artifact import Artifact, check_output
 from .runtime.evaluate import Evaluate
@@ -45,6 +46,9 @@ def compile(
     pipeline: str | None = None,
     evaluate: Evaluate | None = None,
     max_drop: str | float | None = None,
+    search_seconds: float | None = None,
+    search_trials: int | None = None,
+    journal: str | Path | None = None,
     output: str | Path | None = None,
     seed: int = 0,
     threads: int = 1,
@@ -62,7 +66,10 @@ def compile(
     batches that can be read again: tensors, tuples or dicts of inputs; labels in them are ignored. `prune` is the share
     of MACs to keep (0.5), or options as text ("params=0.6,importance=l1"). `recipe` is a name or a TOML file,
     `pipeline` replaces it. `evaluate(run) -> float` judges PyTorch and ONNX Runtime alike; `max_drop` ("1%", 0.01) is
-    how far it may fall: if it falls further the artifact is kept and marked (`artifact.kept` is False).
+    how far it may fall: if it falls further, other rules for ranges and weights are tried, then the fewest MACs are
+    left in float that keep the allowance (`search_seconds`, `search_trials`: for so long at most; the trials are
+    written to `journal`, by default `output` + ".journal", from which a killed search goes on). If that fails too, the
+    best so far is kept and marked (`artifact.kept` is False).
 
     `reference` is the float model that the report compares with, for a Program that was already changed (pruned and
     fine-tuned, with its `plan`); otherwise it is the captured model itself. `preprocess` and `labels` are recorded for
@@ -77,6 +84,8 @@ def compile(
         seed=seed,
         threads=_checked_threads(threads),
         max_drop=_checked_drop(max_drop, evaluate),
+        search=_checked_search(max_drop, search_seconds, search_trials, journal),
+        journal=_journal_of(journal, output),
         preprocess=preprocess,
         labels=tuple(labels),
         dump=Path(dump) if dump else None,
@@ -166,6 +175,25 @@ def _checked_drop(max_drop: str | float | None, evaluate: Evaluate | None) -> fl
             "max_drop has no effect without a metric", hint="give evaluate (on the command line: --eval DATA)"
         )
     return parse_drop(max_drop)
+
+
+def _checked_search(
+    max_drop: str | float | None, seconds: float | None, trials: int | None, journal: str | Path | None
+) -> Budget:
+    given = {"seconds": seconds, "trials": trials}
+    if max_drop is None and (journal is not None or any(v is not None for v in given.values())):
+        raise OptionError(
+            "search_seconds, search_trials and journal have no effect without max_drop",
+            hint="give max_drop, or leave them out",
+        )
+    return Budget(**{k: v for k, v in given.items() if v is not None})  # type: ignore[arg-type]
+
+
+def _journal_of(journal: str | Path | None, output: str | Path | None) -> Path | None:
+    """The journal beside the output, where none is named: the folder itself is written in one step at the end."""
+    if journal is not None:
+        return Path(journal)
+    return Path(output).with_name(Path(output).name + ".journal") if output is not None else None
 
 
 def _name_of(module: Any) -> str:

@@ -82,7 +82,20 @@ def compile_(
     prune: Annotated[str | None, typer.Option(metavar="OPTIONS", help="for example macs=0.5,importance=l2")] = None,
     recipe: Annotated[str | None, typer.Option(metavar="NAME|FILE.toml", help="see `fxpress recipes`")] = None,
     pipeline: Annotated[str | None, typer.Option(metavar="TEXT", help="the passes to run, instead of a recipe")] = None,
-    max_drop: Annotated[str | None, typer.Option(metavar="1%", help="how far the metric may fall")] = None,
+    max_drop: Annotated[
+        str | None,
+        typer.Option(metavar="1%", help="how far the metric may fall; if need be, the fewest MACs are left in float"),
+    ] = None,
+    search_seconds: Annotated[
+        float | None, typer.Option(help="the longest that the search for --max-drop may take [default: 1800]")
+    ] = None,
+    search_trials: Annotated[
+        int | None, typer.Option(min=0, help="the most models that it may judge; 0: no search [default: 60]")
+    ] = None,
+    journal: Annotated[
+        Path | None,
+        typer.Option(metavar="FILE", help="its trials; a killed search goes on from them [default: OUT.journal]"),
+    ] = None,
     seed: Seed = 0,
     threads: Threads = 1,
     dump: Dump = None,
@@ -98,7 +111,7 @@ def compile_(
     load_plugins(plugin or [])
     request = Request(
         model, data, eval_data, weights, input_size, preprocess, samples, target, prune, recipe, pipeline, max_drop,
-        seed, threads, dump, output,
+        search_seconds, search_trials, journal, seed, threads, dump, output,
     )  # fmt: skip
     return compile_model(request, as_json)
 

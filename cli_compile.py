@@ -36,6 +36,9 @@ class Request:
     recipe: str | None = None
     pipeline: str | None = None
     max_drop: str | None = None
+    search_seconds: float | None = None
+    search_trials: int | None = None
+    journal: Path | None = None
     seed: int = 0
     threads: int = 1
     dump: Path | None = None
@@ -68,6 +71,9 @@ def compile_model(request: Request, as_json: bool) -> int:
             pipeline=request.pipeline,
             evaluate=Top1(judged) if judged is not None else None,
             max_drop=request.max_drop,
+            search_seconds=request.search_seconds,
+            search_trials=request.search_trials,
+            journal=request.journal,
             output=request.output,
             seed=request.seed,
             threads=request.threads,

@@ -23,23 +23,27 @@ import onnx
 import torch
 from torch import fx
 
+from .allowance import Allowance, Settled, drop_promise, judge_both, judge_float, runtime_judge, settle
+from .allowance_report import as_json, describe
 from .backends.coverage import Coverage, float_reasons, measure_coverage
 from .backends.onnx.lower import lower
 from .frontend.batches import Batches
 from .frontend.cost import count_macs, op_name
 from .frontend.preprocess import Preprocess
-from .frontend.program import Program, StageRecord, module_path
-from .passes.base import Context, Pass
+from .frontend.program import Program, StageRecord, layer_name, module_path
+from .passes.base import VALUES, Context, Pass
 from .passes.manager import PassManager, run_passes
 from .passes.memory import peak_memory
 from .passes.pipeline import parse_pipeline, print_pipeline
 from .passes.prune.groups import find_pinned
 from .passes.prune.plan import PruningPlan
 from .passes.prune.rules.table import analyze
-from .passes.quantize.spec import Target
+from .passes.quantize.annotate import named_nodes
+from .passes.quantize.placement.fallback import Budget
+from .passes.quantize.spec import KEPT_REASON, Target
 from .runtime.artifact import Artifact
 from .runtime.benchmark import Timing, compare_latency
-from .runtime.evaluate import Evaluate, Metric, measure, session_runner, torch_runner
+from .runtime.evaluate import Evaluate, Metric
 from .runtime.feed import example_tensors, leaves, take
 from .runtime.latency import MeasuredLatencies, cache_folder
 from .runtime.manifest import Manifest
@@ -69,6 +73,8 @@ class Settings:
     seed: int = 0
     threads: int = 1
     max_drop: float | None = None
+    search: Budget = field(default_factory=Budget)
+    journal: Path | None = None
     preprocess: Preprocess | None = None
     labels: tuple[str, ...] = ()
     dump: Path | None = None
@@ -118,6 +124,7 @@ def compile_program(
 ) -> Artifact:
     """All steps from a captured program to an Artifact. `reference` is the float model to compare with."""
     compiled = transform(program, settings, stages, batches, evaluate)
+    compiled, settings, settled = settle_drop(compiled, program, reference, settings, stages, batches, evaluate)
     with stages.step("lower"):
         float_program = run_passes(reference, FLOAT_PIPELINE)
         float_model, model = lower(float_program), lower(compiled.final)
@@ -129,7 +136,7 @@ def compile_program(
         layer_parity, rows = judge_layers(compiled, real)
         sqnr = output_sqnr(reference, session, real)
     with stages.step("evaluate"):
-        metrics = judge(evaluate, reference, compiled.final, session)
+        metrics = judge_both(evaluate, reference, compiled.final, session, settled.metrics if settled else None)
     with stages.step("benchmark"):
         timing = time_models(float_session, session, reference)
     findings = Findings(
@@ -144,7 +151,7 @@ def compile_program(
         speedup=timing.ratio,
         metric=metrics[1],
         parity=parity,
-        coverage=judge_coverage(model, compiled, settings.target),
+        coverage=judge_coverage(model, compiled, settings),
         sqnr_db=sqnr,
         layer_parity=layer_parity,
         layers=rows,
@@ -156,6 +163,7 @@ def compile_program(
             parity_promise(compiled, parity, layer_parity),
             *drop_promise(metrics, settings.max_drop),
         ],
+        fallback=as_json(settled.outcome) if settled and settled.outcome else None,
     )
     report = build_report(findings)
     return Artifact(model, report, manifest_of(compiled.final, settings, report), float_model)
@@ -171,7 +179,7 @@ def transform(
     passes = list(settings.passes)
     clock = latency_clock(passes, settings.target, settings.threads, settings.progress)
     context = Context(settings.target, batches, evaluate, settings.seed, settings.progress, latencies=clock)
-    cut = next((i for i, p in enumerate(passes) if p.name in QUANTIZERS), len(passes))
+    cut = first_quantizer(passes)
     known = len(program.log)
 
     def run(part: list[Pass], before: Program, first: int) -> Program:
@@ -183,6 +191,41 @@ def transform(
     final = run(passes[cut:], floating, cut) if cut < len(passes) else floating
     stages.records += final.log[known:]
     return Compiled(floating if cut < len(passes) else None, final, context.results.get("prune"))
+
+
+def settle_drop(
+    compiled: Compiled,
+    program: Program,
+    reference: Program,
+    settings: Settings,
+    stages: Stages,
+    batches: Batches | None,
+    evaluate: Evaluate | None,
+) -> tuple[Compiled, Settings, Settled | None]:
+    """Where the metric falls further than allowed, look for a pipeline that keeps it, and run that one."""
+    if settings.max_drop is None or evaluate is None:
+        return compiled, settings, None
+    context = Context(settings.target, batches, evaluate, settings.seed, settings.progress)
+    cut = first_quantizer(settings.passes)
+    with stages.step("max-drop") as record:
+        allowance = Allowance(*judge_float(evaluate, reference), settings.max_drop, settings.search, settings.journal)
+        judge = runtime_judge(evaluate, settings.threads)
+        lossless = program is reference and all(VALUES in p.preserves for p in settings.passes[:cut])
+        tail = settings.passes[cut:]
+        settled = settle(compiled.floating, compiled.final, tail, context, allowance, judge, lossless)
+        record.notes += describe(settled.outcome) if settled.outcome else []
+    if settled.passes == list(settings.passes[cut:]) or compiled.floating is None:
+        return compiled, settings, settled
+    dump = settings.dump / "max-drop" if settings.dump else None
+    again = dataclasses.replace(settings, passes=settled.passes, dump=dump)
+    found = transform(compiled.floating, again, stages, batches, evaluate)
+    passes = [*settings.passes[:cut], *settled.passes]
+    return dataclasses.replace(found, plan=compiled.plan), dataclasses.replace(settings, passes=passes), settled
+
+
+def first_quantizer(passes: Sequence[Pass]) -> int:
+    """Where quantization begins in a pipeline; its length where it does not."""
+    return next((i for i, p in enumerate(passes) if p.name in QUANTIZERS), len(passes))
 
 
 def latency_clock(
@@ -234,10 +277,13 @@ def _computing(node: fx.Node, op: str) -> fx.Node:
     return next((n for n in node.all_input_nodes if op_name(n) == f"aten.{op}"), node)
 
 
-def judge_coverage(model: onnx.ModelProto, compiled: Compiled, target: Target) -> Coverage:
+def judge_coverage(model: onnx.ModelProto, compiled: Compiled, settings: Settings) -> Coverage:
     """Integer coverage, each float island with the reason that the target's table or the pipeline gives."""
     if compiled.floating is not None:
-        return measure_coverage(model, float_reasons(compiled.floating, target), target.session)
+        globs = [glob for p in settings.passes for glob in getattr(p, "keep_float", ())]
+        reasons = {layer_name(n): KEPT_REASON for n in named_nodes(compiled.floating, globs, "keep_float")}
+        reasons |= float_reasons(compiled.floating, settings.target)
+        return measure_coverage(model, reasons, settings.target.session)
     coverage = measure_coverage(model)
     reason, hint = "the pipeline does not quantize", "use the recipe int8, or add quantize to the pipeline"
     islands = [dataclasses.replace(i, reason=reason, hint=hint) for i in coverage.islands]
@@ -282,27 +328,6 @@ def parity_promise(compiled: Compiled, parity: Parity, layers: LayerParity | Non
 
 
 # -- worth and cost -----------------------------------------------------------------------------------------------
-
-
-def judge(
-    evaluate: Evaluate | None, reference: Program, final: Program, session: Session
-) -> tuple[Metric | None, Metric | None]:
-    """The user's metric on the float model in PyTorch and on the compiled one in ONNX Runtime."""
-    if evaluate is None:
-        return None, None
-    return measure(evaluate, torch_runner(reference)), measure(evaluate, session_runner(final, session))
-
-
-def drop_promise(metrics: tuple[Metric | None, Metric | None], allowed: float | None) -> list[Promise]:
-    """The metric falls by no more than was allowed."""
-    before, after = metrics
-    if allowed is None or before is None or after is None:
-        return []
-    drop = before.value - after.value
-    detail = (
-        f"{after.name} went from {before.value:.4f} to {after.value:.4f}, a drop of {drop:.4f}; allowed {allowed:.4f}"
-    )
-    return [Promise("max-drop", drop <= allowed, detail)]
 
 
 def time_models(float_session: Session, session: Session, program: Program) -> Timing:

@@ -8,6 +8,7 @@ are counted on our own graph and looked up by name in the optimized one.
 from __future__ import annotations
 
 import math
+import re
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -16,7 +17,7 @@ from pathlib import Path
 import onnx
 
 from ..frontend.program import Program, layer_name
-from ..passes.quantize.spec import Target
+from ..passes.quantize.spec import KEPT_REASON, Target
 
 INTEGER_OPS = frozenset(
     {"QLinearConv", "ConvInteger", "QGemm", "QLinearMatMul", "MatMulInteger", "MatMulIntegerToFloat", "QAttention"}
@@ -175,10 +176,19 @@ def _origin(name: str, macs: Mapping[str, int]) -> str | None:
     return name if name in macs else None
 
 
+def _stated(name: str, reasons: Mapping[str, str]) -> str | None:
+    """The reason of the layer that a node is named after; a number behind the name tells nodes of one layer apart."""
+    plain = re.sub(r"_\d+$", "", name)
+    exact = reasons.get(name)
+    return exact or next((r for layer, r in reasons.items() if name.startswith(f"{layer}/")), reasons.get(plain))
+
+
 def _island(
     name: str, op: str, macs: int, node: onnx.NodeProto | None, graph: onnx.GraphProto, reasons: Mapping[str, str]
 ) -> Island:
-    stated = next((r for layer, r in reasons.items() if name == layer or name.startswith(f"{layer}/")), None)
+    stated = _stated(name, reasons)
+    if stated == KEPT_REASON:
+        return Island(name, op, macs, stated, "take it out of keep_float, or allow a larger --max-drop")
     if stated is not None:
         return Island(name, op, macs, stated, "a target whose table has a row for it")
     dequantized = {o for n in graph.node if n.op_type == "DequantizeLinear" for o in n.output}

@@ -26,7 +26,7 @@ from ...errors import OptionError, did_you_mean
 from ...frontend.program import Program, layer_name
 from ..rewrite import argument, argument_names, aten, is_constant
 from .expand import expand_program, may_turn_on
-from .spec import KEPT_FLOAT, LEADING, MOVING, USE_INTEGER, Row, Target
+from .spec import KEPT_FLOAT, KEPT_REASON, LEADING, MOVING, USE_INTEGER, Row, Target
 
 KEY = "quantize"
 ABSORBED = "quantize_absorbed"  # on an activation whose work the quantization after it does
@@ -276,7 +276,7 @@ def _float_layers(program: Program, target: Target, rows: dict[fx.Node, Row]) ->
     reasons = []
     for node in program.graph.nodes:
         if node.op == "call_function" and node not in rows and _has_weights(node):
-            why = "keep_float names it" if node.meta.get(KEPT_FLOAT) else target.why_float(node)
+            why = KEPT_REASON if node.meta.get(KEPT_FLOAT) else target.why_float(node)
             reasons.append(f"{layer_name(node)} stays in float: {why}")
     return reasons
 

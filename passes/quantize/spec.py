@@ -30,6 +30,7 @@ MOVING = ("move", "rescale")  # these leave the integers as they are
 # A condition looks at a node and returns why a row does not apply to it, or None when it does.
 Condition = Callable[[fx.Node], str | None]
 
+KEPT_REASON = "keep_float names it"
 KEPT_FLOAT = "quantize_kept_float"  # in the meta of a node that the user, or a search, leaves in float
 USE_INTEGER = "quantize_use_integer"  # in the meta of a node for which optional rows are on
 TINY = 2.0**-100  # a scale below this makes float32 products of two scales vanish

@@ -60,10 +60,11 @@ class Findings:
     pinned: list[Pinned] = field(default_factory=list)
     compressed: tuple[int, int] | None = None  # bytes of both files after zlib, where single weights were pruned
     promises: list[Promise] = field(default_factory=list)
+    fallback: dict[str, Any] | None = None  # the search for what to leave in float, where there was one
 
 
 def build_report(f: Findings) -> dict[str, Any]:
-    """The report as plain JSON values, with exactly the keys of schema 1 (and `promises`)."""
+    """The report as plain JSON values, with exactly the keys of schema 1 (and `promises`, `fallback`)."""
     return {
         "schema": SCHEMA,
         "model": {"name": f.name, "parameters": f.before.parameters, "macs": f.before.macs},
@@ -81,6 +82,7 @@ def build_report(f: Findings) -> dict[str, Any]:
         "layers": [_layer(row) for row in f.layers],
         "pruning": _pruning(f.plan, f.pinned, f.compressed),
         "promises": [dataclasses.asdict(p) for p in f.promises],
+        "fallback": f.fallback,
         "environment": describe_environment(f.threads),
     }
 

@@ -1,0 +1,262 @@
+"""What `compile` does where the metric falls further than `max_drop` allows: remedies, then layers in float.
+
+The search (`passes/quantize/placement/fallback.py`) is given the user's metric of the compiled model in ONNX Runtime.
+Its outcome is a pipeline that makes the model without a search.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import onnxruntime
+import torch
+
+from ._version import __version__
+from .backends.onnx.lower import lower
+from .errors import FxpressError
+from .frontend.program import Program
+from .passes.base import Context, Pass
+from .passes.pipeline import print_pipeline
+from .passes.quantize.passes import Annotate, Calibrate, Fold, Observe
+from .passes.quantize.placement.fallback import (
+    Budget,
+    Exhausted,
+    Search,
+    Setting,
+    Trial,
+    float_path,
+    give_back,
+    grow,
+    try_remedies,
+)
+from .passes.quantize.placement.journal import Journal, add_tensor, fingerprint
+from .passes.quantize.placement.sensitivity import Sensitivity
+from .passes.quantize.placement.trials import Trials, flat_steps, without_corrections
+from .runtime.evaluate import Evaluate, Metric, measure, session_runner, torch_runner
+from .runtime.report.build import Promise
+from .runtime.report.environment import describe_environment
+from .runtime.session import Session, make_session
+
+
+@dataclass(frozen=True)
+class Allowance:
+    """How far the metric may fall from that of the float model in PyTorch, and how long to look for a way.
+
+    `judged_on` is a hash of the inputs that the metric was judged on.
+    """
+
+    before: Metric
+    judged_on: str
+    drop: float
+    budget: Budget = field(default_factory=Budget)
+    journal: Path | None = None
+
+    @property
+    def needed(self) -> float:
+        """The least metric that is allowed."""
+        return self.before.value - self.drop
+
+
+@dataclass
+class Outcome:
+    """What a search found: the passes that replace those from quantization on, all trials, and why it ended early."""
+
+    passes: list[Pass]
+    best: Trial
+    allowance: Allowance
+    total_macs: int
+    trials: list[Trial]
+    sensitivity: list[Sensitivity] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+
+    @property
+    def met(self) -> bool:
+        return self.best.metric is not None and self.best.metric >= self.allowance.needed
+
+
+@dataclass(frozen=True)
+class Settled:
+    """What `settle` decided: the passes from quantization on, the metrics of float and compiled (None: not judged yet),
+    and the search where there was one."""
+
+    passes: list[Pass]
+    metrics: tuple[Metric, Metric | None]
+    outcome: Outcome | None = None
+
+
+def settle(
+    floating: Program | None,
+    final: Program,
+    tail: Sequence[Pass],
+    context: Context,
+    allowance: Allowance,
+    judge: Callable[[Program], Metric],
+    lossless: bool = True,
+) -> Settled:
+    """Judge `final`, which `tail` made of `floating`, and search for another tail where it is not good enough.
+
+    `lossless`: `floating` computes what the float model computes (it was not pruned, say).
+    """
+    first: Metric | FxpressError
+    try:
+        first = judge(final)
+    except FxpressError as error:
+        if floating is None or not can_fall_back(tail):
+            raise
+        first = error
+    if isinstance(first, Metric) and (floating is None or not can_fall_back(tail) or first.value >= allowance.needed):
+        return Settled(list(tail), (allowance.before, first))
+    assert floating is not None
+    context = dataclasses.replace(context, judge=lambda program: judge(program).value)
+    outcome = find_allowed(floating, tail, context, allowance, first, lossless)
+    after = first if outcome.best is outcome.trials[0] and isinstance(first, Metric) else None
+    return Settled(outcome.passes, (allowance.before, after), outcome)
+
+
+def judge_float(evaluate: Evaluate, reference: Program) -> tuple[Metric, str]:
+    """The metric of the float model in PyTorch, and a hash of what it was judged on."""
+    digest = hashlib.sha256()
+    runner = torch_runner(reference)
+    compute = runner.flat
+
+    def seen(batch: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
+        for tensor in batch:
+            add_tensor(digest, tensor)
+        return compute(batch)
+
+    runner.flat = seen
+    return measure(evaluate, runner), digest.hexdigest()
+
+
+def runtime_judge(evaluate: Evaluate, threads: int) -> Callable[[Program], Metric]:
+    """The metric of a program compiled for ONNX Runtime."""
+    return lambda program: measure(evaluate, session_runner(program, make_session(lower(program), threads=threads)))
+
+
+def find_allowed(
+    floating: Program,
+    tail: Sequence[Pass],
+    context: Context,
+    allowance: Allowance,
+    first: Metric | FxpressError,
+    lossless: bool = True,
+) -> Outcome:
+    """Search for the fewest MACs in float that keep the allowance.
+
+    `floating` is the program before `tail`, the passes from quantization on; `first` is what judging the whole pipeline
+    gave. `context.judge` judges the trials. Raises the error of `first` where no trial could be judged at all.
+    """
+    options = print_pipeline(tail)
+    trials = Trials(floating, context)
+    journal = Journal(allowance.journal, _fingerprint(floating, context, allowance))
+    search = Search(_attempt(trials, context), allowance.needed, allowance.budget, journal)
+    if context.progress:
+        progress = context.progress
+        search.tell = lambda done, most: progress("fall back to float", done, most)
+    search.add(_first_trial(trials, options, first))
+    outcome = Outcome(list(tail), search.trials[0], allowance, sum(trials.macs.values()), search.trials)
+    try:
+        _search(search, trials, options, outcome, lossless)
+    except Exhausted as end:
+        outcome.notes.append(str(end))
+    if search.hopeless:
+        outcome.notes.append("float before quantization misses the allowance too: leaving layers in float is no remedy")
+    outcome.notes += search.journal.notes
+    if search.best is None:
+        raise first if isinstance(first, FxpressError) else FxpressError("no trial could be judged")
+    outcome.best = search.best
+    if outcome.best is not search.trials[0]:
+        setting = trials.simplified(outcome.best.setting)
+        outcome.best = dataclasses.replace(outcome.best, setting=setting)
+        outcome.passes = trials.passes(setting)
+    return outcome
+
+
+def _search(search: Search, trials: Trials, options: str, outcome: Outcome, lossless: bool) -> None:
+    if search.budget.trials <= 1:
+        raise Exhausted(f"the budget of {search.budget.trials} trials leaves none for a search")
+    options = try_remedies(search, trials.remedies(options))
+    if search.meets(search.best):
+        return
+    search.hopeless = not lossless and _float_falls(trials, outcome.allowance)
+    if search.hopeless:
+        return
+    options = without_corrections(options)
+    outcome.sensitivity = trials.sensitivities(options)
+    grow(search, options, float_path(outcome.sensitivity, trials.macs))
+    give_back(search, outcome.sensitivity, trials.macs)
+
+
+def _float_falls(trials: Trials, allowance: Allowance) -> bool:
+    """Does the program miss the allowance before it is quantized?"""
+    assert trials.context.judge is not None
+    try:
+        return trials.context.judge(trials.floating) < allowance.needed
+    except FxpressError:
+        return True
+
+
+def _first_trial(trials: Trials, options: str, first: Metric | FxpressError) -> Trial:
+    float_macs = trials.make(Setting(options))[1]
+    if isinstance(first, FxpressError):
+        return Trial(Setting(options), None, float_macs, 0.0, first.message)
+    return Trial(Setting(options), first.value, float_macs, 0.0)
+
+
+def _attempt(trials: Trials, context: Context) -> Callable[[Setting], tuple[float, int]]:
+    judge = context.judge
+    assert judge is not None
+
+    def attempt(setting: Setting) -> tuple[float, int]:
+        program, float_macs = trials.make(setting)
+        return judge(program), float_macs
+
+    return attempt
+
+
+def _fingerprint(floating: Program, context: Context, allowance: Allowance) -> str:
+    """What the facts of a journal hold for. Not the allowance and the budget: a trial is what it is under any."""
+    before, machine = allowance.before, describe_environment(1)
+    facts = (before.name, before.value, before.count, allowance.judged_on)
+    versions = (__version__, torch.__version__, onnxruntime.__version__, machine["cpu"])
+    target = context.target.name if context.target else ""
+    return fingerprint(floating, context.calibration or (), *facts, *versions, target, context.seed)
+
+
+def can_fall_back(passes: Sequence[Pass]) -> bool:
+    """Is there a whole quantization, whose options a search could change?"""
+    present = {type(s) for s in flat_steps(passes)}
+    return {Annotate, Observe, Calibrate, Fold} <= present
+
+
+# -- the metric of a compilation ----------------------------------------------------------------------------------
+
+
+def judge_both(
+    evaluate: Evaluate | None,
+    reference: Program,
+    final: Program,
+    session: Session,
+    known: tuple[Metric, Metric | None] | None = None,
+) -> tuple[Metric | None, Metric | None]:
+    """The metric of the float model in PyTorch and of the compiled one in ONNX Runtime, as far as it is not `known`."""
+    if evaluate is None:
+        return None, None
+    before, after = known or (measure(evaluate, torch_runner(reference)), None)
+    return before, after or measure(evaluate, session_runner(final, session))
+
+
+def drop_promise(metrics: tuple[Metric | None, Metric | None], allowed: float | None) -> list[Promise]:
+    """The metric falls by no more than was allowed."""
+    before, after = metrics
+    if allowed is None or before is None or after is None:
+        return []
+    drop = before.value - after.value
+    detail = (
+        f"{after.name} went from {before.value:.4f} to {after.value:.4f}, a drop of {drop:.4f}; allowed {allowed:.4f}"
+    )
+    return [Promise("max-drop", drop <= allowed, detail)]

@@ -1,0 +1,282 @@
+"""Programs of one pipeline with other options and other layers in float, made one after the other.
+
+The float program is calibrated once for each range rule: what was observed of a tensor holds wherever that tensor is
+quantized. A tensor that no earlier trial observed (another form of a layer in float) means calibrating again, so a
+trial is always what the pipeline itself would make.
+"""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, get_args, get_type_hints
+
+import torch
+from torch import fx
+
+from ....errors import OptionError, QuantizationError
+from ....frontend.cost import MACS, cost_table, op_name
+from ....frontend.program import Program, layer_name
+from ...base import Change, Context, Pass
+from ...manager import PassManager
+from ...pipeline import parse_pipeline, print_pipeline
+from ..accuracy.correct_bias import CorrectBias
+from ..accuracy.equalize import Equalize
+from ..annotate import annotation, named_nodes
+from ..observe import Sites, sites_of
+from ..passes import Annotate, Calibrate, Fold, Observe, Quantize
+from ..ranges.choose import choose_ranges, mean_sqnr, program_outputs
+from .fallback import Setting
+from .points import Switchboard, mark_origins, origin_of
+from .sensitivity import Sensitivity, measure_sensitivity
+
+_QUANTIZING = (Annotate, Observe, Calibrate, Fold, Quantize)
+_SAMPLES = 8
+
+
+def flat_steps(passes: Iterable[Pass]) -> list[Pass]:
+    """Passes with `quantize` written as the four that it is short for."""
+    return [s for p in passes for s in (p.steps() if isinstance(p, Quantize) else (p,))]
+
+
+def with_options(passes: Iterable[Pass], options: Mapping[str, Any]) -> list[Pass]:
+    """The passes with options of quantization replaced, each where a pass has it."""
+    return [_replaced(p, options) if isinstance(p, _QUANTIZING) else p for p in passes]
+
+
+def _replaced(item: Pass, options: Mapping[str, Any]) -> Pass:
+    names = {f.name for f in dataclasses.fields(item)}  # type: ignore[arg-type]
+    return dataclasses.replace(item, **{k: v for k, v in options.items() if k in names})  # type: ignore[type-var]
+
+
+def option_of(passes: Iterable[Pass], name: str, default: Any = None) -> Any:
+    """The value of a quantization option in a pipeline."""
+    found = (getattr(p, name) for p in passes if isinstance(p, _QUANTIZING) and hasattr(p, name))
+    return next(found, default)
+
+
+def quantizes(item: Pass) -> bool:
+    """Is this pass a part of quantization, without meaning where nothing is quantized?"""
+    return isinstance(item, _QUANTIZING) or ".quantize." in type(item).__module__
+
+
+@dataclass
+class Trials:
+    """Trials of `floating`, the program just before quantization, under `context` (target and calibration data)."""
+
+    floating: Program
+    context: Context
+    _observed: dict[str, _Observed] = field(default_factory=dict)
+    _prepared: dict[str, Program] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        self.floating = self.floating.copy()
+        mark_origins(self.floating)
+        self.macs = {row.node.name: row.macs for row in cost_table(self.floating) if row.macs}
+
+    def passes(self, setting: Setting) -> list[Pass]:
+        """The pipeline that makes a setting without a search; where all stays in float, nothing quantizes."""
+        passes = parse_pipeline(setting.options)
+        if not setting.kept:
+            return passes
+        names = self.globs(setting.kept)
+        kept = (*option_of(passes, "keep_float", ()), *names)
+        if not self._integers(setting):
+            return [p for p in passes if not quantizes(p)]
+        return with_options(passes, {"keep_float": kept})
+
+    def make(self, setting: Setting) -> tuple[Program, int]:
+        """The program of a setting, and the MACs of one example that it does not compute on integers."""
+        counted = _Counted(self.macs)
+        program = self._run(flat_steps(self.passes(setting)), counted)
+        return program, sum(self.macs.values()) - counted.integer
+
+    def sensitivities(self, options: str) -> list[Sensitivity]:
+        """Each point of the program that `options` make, on a few calibration samples; the worst first."""
+        steps = flat_steps(parse_pipeline(options))
+        cut = next(i for i, s in enumerate(steps) if isinstance(s, Fold))
+        observed, target = self._run(steps[:cut], _Counted(self.macs)), self.context.target
+        assert target is not None
+        weights = option_of(steps, "weights", "minmax")
+        choose_ranges(observed, target, weights, self._quiet())
+        return measure_sensitivity(Switchboard(observed, target, weights), self.samples(), self.macs)
+
+    def _run(self, steps: Sequence[Pass], counted: _Counted) -> Program:
+        """Run passes on a copy of the float program, `calibrate` from memory where it serves."""
+        first = next((i for i, s in enumerate(steps) if isinstance(s, Annotate)), len(steps))
+        before = print_pipeline(steps[:first])
+        if before not in self._prepared:
+            self._prepared[before] = PassManager(steps[:first], check_numbers=False).run(self.floating, self._quiet())
+        recalled = [
+            _Recall(self._observed.setdefault(f"{before} {_rule(steps[:i])}", _Observed()), counted)
+            if isinstance(s, Calibrate)
+            else s
+            for i, s in enumerate(steps)
+        ]
+        return PassManager(recalled[first:], check_numbers=False).run(self._prepared[before], self._quiet())
+
+    def _quiet(self) -> Context:
+        return dataclasses.replace(self.context, results={}, progress=None)
+
+    def simplified(self, setting: Setting) -> Setting:
+        """The same program by fewer names: operations without MACs that are in float anyway are not named."""
+        whole, kept = self._integers(setting), setting.kept
+        for operation in sorted(o for o in kept if o not in self.macs):
+            fewer = Setting(setting.options, kept - {operation})
+            if self._integers(fewer) == whole:
+                kept = fewer.kept
+        return Setting(setting.options, kept)
+
+    def remedies(self, options: str) -> Iterator[str]:
+        """Settings without more in float: `options`, then the best by the SQNR of the outputs on a few samples of other
+        rules for ranges and weights, then of that with layers equalized and biases corrected; only what is better."""
+        yield options
+        best, score = options, self._sqnr(options)
+        for others in (_other_rules, _corrected):
+            scores = {text: self._sqnr(text) for text in map(print_pipeline, others(parse_pipeline(best)))}
+            found = max(scores, key=lambda text: scores[text], default=best)
+            if scores.get(found, score) > score:
+                best, score = found, scores[found]
+                yield best
+
+    def globs(self, operations: Iterable[str]) -> list[str]:
+        """Names for `keep_float` that mean exactly these operations: a layer's where it has one, else the node's."""
+        wanted = set(operations)
+        return sorted({self._glob(n, wanted) for n in self.floating.graph.nodes if n.name in wanted})
+
+    def samples(self, count: int = _SAMPLES) -> list[tuple[torch.Tensor, ...]]:
+        """The first calibration samples as flat batches of one, or the first batch where its size is fixed."""
+        assert self.context.calibration is not None
+        cut = all(i.dims and isinstance(i.dims[0], str) for i in self.floating.inputs)
+        found: list[tuple[torch.Tensor, ...]] = []
+        for batch in self.context.calibration:
+            if not cut:
+                return [batch]
+            found += zip(*(x.split(1) for x in batch))
+            if len(found) >= count:
+                break
+        return found[:count]
+
+    def _sqnr(self, options: str) -> float:
+        program, _ = self.make(Setting(options))
+        samples = self.samples()
+        expected = (program_outputs(self.floating, s) for s in samples)
+        return mean_sqnr(expected, (program_outputs(program, s) for s in samples))
+
+    def _glob(self, node: fx.Node, wanted: set[str]) -> str:
+        layer = layer_name(node)
+        try:
+            meant = {n.name for n in named_nodes(self.floating, [layer], "keep_float")}
+        except OptionError:  # a name that reads as another pattern
+            meant = set()
+        return layer if meant and meant <= wanted else node.name
+
+    def _integers(self, setting: Setting) -> frozenset[str]:
+        """The operations that a setting computes on integers, by their names in the float program."""
+        steps = flat_steps(parse_pipeline(setting.options))
+        kept = (*option_of(steps, "keep_float", ()), *sorted(setting.kept))
+        first = next(s for s in with_options(steps, {"keep_float": kept}) if isinstance(s, Annotate))
+        program = self.floating.copy()
+        try:
+            first.run(program, self.context)
+        except QuantizationError:  # nothing is left
+            return frozenset()
+        return frozenset(origin_of(n) for n in program.graph.nodes if annotation(n) is not None)
+
+
+def _other_rules(passes: list[Pass]) -> list[list[Pass]]:
+    """Every range rule with every rule for weights. Where `auto` chooses among range rules already, only it."""
+    ranges = _choices(Observe, "ranges")
+    tried = ["auto"] if "auto" in ranges else ranges
+    forms = [with_options(passes, {"ranges": r, "weights": w}) for r in tried for w in _choices(Fold, "weights")]
+    return [f for f in forms if f != passes]
+
+
+def _corrected(passes: list[Pass]) -> list[list[Pass]]:
+    """With layers equalized before, biases corrected behind, and both, as far as the pipeline does not do that."""
+    before = [] if any(isinstance(p, Equalize) for p in passes) else [Equalize()]
+    behind = [] if any(isinstance(p, CorrectBias) for p in passes) else [CorrectBias()]
+    forms = [[*before, *passes], [*passes, *behind], [*before, *passes, *behind]]
+    return [f for i, f in enumerate(forms) if f != passes and f not in forms[:i]]
+
+
+def without_corrections(options: str) -> str:
+    """A pipeline without what is fitted behind the quantization, which would be fitted anew in every trial."""
+    return print_pipeline([p for p in parse_pipeline(options) if not isinstance(p, CorrectBias)])
+
+
+def _choices(cls: type[Pass], name: str) -> list[str]:
+    return [str(v) for v in get_args(get_type_hints(cls)[name])]
+
+
+# -- calibrating once ---------------------------------------------------------------------------------------------
+
+
+@dataclass
+class _Counted:
+    """MACs of the float program's operations, and how many of them the last program computes on integers."""
+
+    macs: dict[str, int] = field(default_factory=dict)
+    integer: int = 0
+
+    def count(self, program: Program) -> None:
+        """Count an annotated program."""
+        nodes = (n for n in program.graph.nodes if annotation(n) is not None and op_name(n) in MACS)
+        self.integer = sum(self.macs.get(o, 0) for o in set(map(origin_of, nodes)))
+
+
+@dataclass
+class _Observed:
+    """What the observers of one range rule have seen, by tensor."""
+
+    observers: dict[str, Any] = field(default_factory=dict)
+    samples: int = 0
+
+
+@dataclass(frozen=True, eq=False)
+class _Recall(Pass):
+    """Calibrate from what earlier trials observed, where they saw every tensor of this one."""
+
+    name = "calibrate"
+
+    observed: _Observed
+    counted: _Counted
+
+    def run(self, program: Program, context: Context) -> Change:
+        observed, sites, tensors = self.observed, sites_of(program), _tensors(program)
+        keys = [k for k, site in sites.by_key.items() if site.observer is not None]
+        if observed.samples and all(tensors[k] in observed.observers for k in keys):
+            for k in keys:
+                sites.by_key[k].observer = copy.deepcopy(observed.observers[tensors[k]])
+            sites.samples = observed.samples
+        else:
+            Calibrate().run(program, context)
+            self._remember(observed, sites, tensors, keys)
+        self.counted.count(program)
+        return Change()
+
+    @staticmethod
+    def _remember(observed: _Observed, sites: Sites, tensors: dict[int, str], keys: list[int]) -> None:
+        names = [tensors[k] for k in keys]
+        for k in keys:
+            if names.count(tensors[k]) == 1:
+                observed.observers[tensors[k]] = copy.deepcopy(sites.by_key[k].observer)
+        observed.samples = sites.samples
+
+
+def _rule(steps: Sequence[Pass]) -> str:
+    """The `observe` whose observers a `calibrate` behind `steps` fills, as text."""
+    return next(print_pipeline([s]) for s in reversed(steps) if isinstance(s, Observe))
+
+
+def _tensors(program: Program) -> dict[int, str]:
+    """For each site the tensor that it observes: what it was made from, by what op, of what shape."""
+    nodes = [n for n in program.graph.nodes if n.target is torch.ops.fxpress.observe.default]
+    return {int(n.args[1]): _identity(n.args[0]) for n in nodes}
+
+
+def _identity(tensor: Any) -> str:
+    assert isinstance(tensor, fx.Node)
+    return f"{origin_of(tensor)} {tensor.target} {tuple(tensor.meta['val'].shape)}"
