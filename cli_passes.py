@@ -68,8 +68,20 @@ def list_targets(as_json: bool) -> int:
     """Every target."""
     from .backends.targets import load_target, target_names
 
-    rows = [{"name": t.name, "summary": t.summary, "rows": len(t.rows)} for t in map(load_target, target_names())]
-    show_table("targets", ("name", "what it is", "rows"), [tuple(r.values()) for r in rows], right=(2,))
+    rows = [
+        {
+            "name": t.name,
+            "summary": t.summary,
+            "activations": ", ".join(dict.fromkeys(str(f) for f in t.activation_formats)),
+            "weights": str(t.weight),
+            "bias": str(t.bias or "float32"),
+            "run": t.run,
+            "rows": len(t.rows),
+        }
+        for t in map(load_target, target_names())
+    ]
+    titles = ("name", "what it is", "activations", "weights", "biases", "where it was run", "rows")
+    show_table("targets", titles, [tuple(r.values()) for r in rows], right=(6,))
     if as_json:
         emit_json(rows)
     return 0

@@ -43,6 +43,7 @@ from .passes.quantize.placement.fallback import Budget
 from .passes.quantize.spec import KEPT_REASON, Target
 from .runtime.artifact import Artifact
 from .runtime.benchmark import Timing, compare_latency
+from .runtime.elsewhere import judge_elsewhere
 from .runtime.evaluate import Evaluate, Metric
 from .runtime.feed import example_tensors, leaves, take
 from .runtime.latency import MeasuredLatencies, cache_folder
@@ -135,6 +136,11 @@ def compile_program(
         parity = check_parity(compiled.final, model, real_inputs=real, seed=settings.seed)
         layer_parity, rows = judge_layers(compiled, real)
         sqnr = output_sqnr(reference, session, real)
+    elsewhere = None
+    if compiled.floating is not None and settings.target.runtime != "onnxruntime":
+        with stages.step(settings.target.name) as record:
+            elsewhere = judge_elsewhere(compiled.final, float_model, model, real, settings.target)
+            record.notes += elsewhere.notes if elsewhere else []
     with stages.step("evaluate"):
         metrics = judge_both(evaluate, reference, compiled.final, session, settled.metrics if settled else None)
     with stages.step("benchmark"):
@@ -151,7 +157,7 @@ def compile_program(
         speedup=timing.ratio,
         metric=metrics[1],
         parity=parity,
-        coverage=judge_coverage(model, compiled, settings),
+        coverage=elsewhere.coverage if elsewhere else judge_coverage(model, compiled, settings),
         sqnr_db=sqnr,
         layer_parity=layer_parity,
         layers=rows,
@@ -161,6 +167,7 @@ def compile_program(
         promises=[
             reference_promise(reference_parity),
             parity_promise(compiled, parity, layer_parity),
+            *(elsewhere.promises if elsewhere else []),
             *drop_promise(metrics, settings.max_drop),
         ],
         fallback=as_json(settled.outcome) if settled and settled.outcome else None,

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from .session import Session
+from .session import Runnable
 
 
 @dataclass(frozen=True)
@@ -23,8 +23,8 @@ class Timing:
 
 
 def compare_latency(
-    first: Session,
-    second: Session,
+    first: Runnable,
+    second: Runnable,
     inputs: tuple[np.ndarray, ...],
     second_inputs: tuple[np.ndarray, ...] | None = None,
     *,
@@ -58,7 +58,7 @@ def compare_latency(
     )
 
 
-def _time(session: Session, inputs: tuple[np.ndarray, ...], clock: Callable[[], float]) -> float:
+def _time(session: Runnable, inputs: tuple[np.ndarray, ...], clock: Callable[[], float]) -> float:
     start = clock()
     session.run(*inputs)
     return clock() - start

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 import onnxruntime
@@ -16,6 +16,7 @@ if TYPE_CHECKING:
 
 _ERRORS_ONLY = 3
 _PROVIDER = "CPUExecutionProvider"
+_LOST_TYPE = "output_dtype INT8 does not match y_zero_point type UINT8"
 # ONNX Runtime's names of element types -> numpy's.
 _DTYPES = {
     "tensor(float)": "float32",
@@ -29,6 +30,13 @@ _DTYPES = {
     "tensor(int64)": "int64",
     "tensor(bool)": "bool",
 }
+
+
+class Runnable(Protocol):
+    """What verification and benchmarks need of a loaded model, of whichever runtime."""
+
+    def run(self, *inputs: np.ndarray) -> tuple[np.ndarray, ...]:
+        """All outputs for positional inputs."""
 
 
 class Session:
@@ -80,6 +88,17 @@ class Session:
         return f"Session({self._signature()})"
 
 
+def _load(source: bytes | str, options: onnxruntime.SessionOptions) -> onnxruntime.InferenceSession:
+    try:
+        return onnxruntime.InferenceSession(source, options, providers=[_PROVIDER])
+    except Exception as error:
+        if _LOST_TYPE not in str(error):
+            raise
+    # On x86 it makes int8 activations uint8, and forgets the type of a quantization that it moved before: without that.
+    options.add_session_config_entry("session.qdqisint8allowed", "1")
+    return onnxruntime.InferenceSession(source, options, providers=[_PROVIDER])
+
+
 def make_session(
     model: onnx.ModelProto | bytes | str | Path,
     threads: int = 1,
@@ -102,13 +121,10 @@ def make_session(
         options.optimized_model_filepath = str(optimized_path)
     if profile is not None:
         options.enable_profiling, options.profile_file_prefix = True, str(profile)
-    source = model if isinstance(model, bytes) else str(model) if isinstance(model, (str, Path)) else None
+    named = isinstance(model, (bytes, str, Path))
+    source = (model if isinstance(model, bytes) else str(model)) if named else model.SerializeToString()  # type: ignore[union-attr]
     try:
-        inner = onnxruntime.InferenceSession(
-            model.SerializeToString() if source is None else source,  # type: ignore[union-attr]
-            options,
-            providers=[_PROVIDER],
-        )
+        inner = _load(source, options)
     except Exception as error:  # onnxruntime raises several unrelated classes
         no_kernel = "NOT_IMPLEMENTED" in str(error)
         hint = "it has no kernel for this element type: use float32" if no_kernel else "report it: a bug of fxpress"

@@ -7,7 +7,7 @@ same integers, `layer_table` tells how much each layer loses to quantization, al
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -22,7 +22,7 @@ from ..frontend.operators import dequantize, quantize
 from ..frontend.program import Program
 from .cut import Cut, Site, cut_program, leading_op, quantized_sites, watch, weight_bytes
 from .feed import example_tensors, examples, has_dynamic_batch, leaves, random_inputs, take
-from .session import Session, make_session
+from .session import Runnable, Session, make_session
 
 FLOAT_BOUND = 1e-4
 _SQNR_CAP = 200.0
@@ -226,16 +226,19 @@ def relative(absolute: float, largest: float) -> float:
 # -- layers of a quantized program ----------------------------------------------------------------------------------
 
 
-def check_layers(program: Program, inputs: Sequence[torch.Tensor]) -> LayerParity:
+def check_layers(
+    program: Program, inputs: Sequence[torch.Tensor], load: Callable[[onnx.ModelProto], Runnable] = make_session
+) -> LayerParity:
     """Feed each layer in ONNX Runtime the integers that the PyTorch simulation had on `inputs`, and compare.
 
     `inputs` are the flat input tensors of one batch. Examples go through one at a time where the batch is dynamic.
+    `load` loads the model into another runtime.
     Raises `VerificationError` for a program without quantized activations.
     """
     cut = cut_program(program)
     if not cut.sites:
         raise VerificationError("the program has no quantized activations", hint="use check_parity for float programs")
-    session = make_session(lower(cut.program))
+    session = load(lower(cut.program))
     counters = [_StepCounter() for _ in cut.sites]
     worst = 0.0
     for example in examples(program, inputs):
@@ -263,7 +266,7 @@ class _StepCounter:
 
 
 def _compare_layers(
-    program: Program, cut: Cut, session: Session, example: tuple[torch.Tensor, ...], counters: list[_StepCounter]
+    program: Program, cut: Cut, session: Runnable, example: tuple[torch.Tensor, ...], counters: list[_StepCounter]
 ) -> float:
     """Compare one batch; returns the worst relative difference of the float outputs."""
     values, outputs = watch(program, leaves(program, example), {s.node.name for s in cut.sites})

@@ -9,7 +9,14 @@ from ...errors import OptionError
 from ...passes.quantize.spec import Target
 
 # Target name -> the module here that holds its table as TARGET.
-MODULES = {"ort-x86": "ort_x86", "ort-x86-avx2": "ort_x86_avx2", "ort-arm": "ort_arm"}
+MODULES = {
+    "ort-x86": "ort_x86",
+    "ort-x86-avx2": "ort_x86_avx2",
+    "ort-arm": "ort_arm",
+    "openvino": "openvino",
+    "tensorrt": "tensorrt",
+    "qnn": "qnn",
+}
 
 
 def target_names() -> list[str]:

@@ -130,7 +130,7 @@ def _choose_rows(program: Program, target: Target) -> dict[fx.Node, Row]:
         row = None if node.meta.get(KEPT_FLOAT) else target.row_for(node)
         if row is not None and row.kind != "float" and _applies(node, row, integer):
             rows[node] = row
-            if not row.float_output:
+            if not row.float_output or row.offers:
                 integer.add(node)
         elif target.absorbing(str(node.target)) and node.args[0] in integer:
             integer.add(node)

@@ -28,7 +28,7 @@ from ..rewrite import (
     replace,
     set_argument,
 )
-from .annotate import ABSORBED, annotation, clear_annotations, upper_bound
+from .annotate import ABSORBED, annotation, clear_annotations, operands_of, upper_bound
 from .observe import Site, Sites, sites_of
 from .ranges.squared_error import best_bounds
 from .spec import MOVING, NumberFormat, QuantParams, Target, as_float32, choose_params
@@ -67,6 +67,7 @@ def fold_program(program: Program, target: Target, weight_ranges: str) -> int:
     for node in observes:
         _fold_observer(folding, node, on_integers=_is_move(node.args[0]))
     _check_integers(program)
+    _keep_apart(program, target)
     clear_annotations(program)
     if target.stem_blocks:
         blocks_for_stems(program)
@@ -120,6 +121,19 @@ def _apart(program: Program, node: fx.Node, source: fx.Node) -> fx.Node:
     """max(x, lowest float): changes nothing, and stands between an op and its quantization."""
     lowest = put_constant(program, "lowest", torch.tensor(torch.finfo(torch.float32).min), node)
     return call_before(node, aten.maximum.default, source, lowest)
+
+
+def _keep_apart(program: Program, target: Target) -> None:
+    """Put something in front of float ops whose row says so: a dequantization may reach them through other ops."""
+    kept: dict[fx.Node, fx.Node] = {}
+    for node in list(program.graph.nodes):
+        row = target.row_for(node) if node.op == "call_function" and annotation(node) is None else None
+        if row is None or not row.apart:
+            continue
+        for source in operands_of(node, row):
+            if source not in kept:
+                kept[source] = _apart(program, node, source)
+            node.replace_input_with(source, kept[source])
 
 
 def _is_move(value: object) -> bool:

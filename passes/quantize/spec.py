@@ -27,6 +27,7 @@ from ...errors import OptionError, QuantizationError, did_you_mean
 Kind = Literal["layer", "product", "arithmetic", "move", "rescale", "fixed", "float"]
 LEADING = ("layer", "product")  # what these read is quantized for their sake
 MOVING = ("move", "rescale")  # these leave the integers as they are
+Runtime = Literal["onnxruntime", "openvino", None]
 # A condition looks at a node and returns why a row does not apply to it, or None when it does.
 Condition = Callable[[fx.Node], str | None]
 
@@ -116,10 +117,13 @@ class Row:
     """One line of a target's table: how nodes that call one of `ops` are computed.
 
     `when` may decline with a reason; `operands` are the argument names that hold activations; `float_output` says that
-    the output may stay float (an integer kernel with float output exists); `fixed` is the output's known range.
+    the output may stay float (an integer kernel with float output exists), and with `offers` it is quantized also for
+    ops that are no layers; `fixed` is the output's known range.
     `in_pairs`: a move is computed between a dequantize and a quantize of the same scale, not on integers themselves.
     `activation` and `weight` are the formats of this row's tensors where they are not the target's own.
     `joins`: an addend that comes straight from a layer is not quantized, since the layer's kernel does the addition.
+    `apart`: where the op stays in float, what it reads is kept apart from the dequantization, which the runtime would
+    move through the op and compute something else.
     `reason` (for kind "float") is told to the user, `hint` says what would change it.
 
     Rows for a choice that depends on shapes and machines carry the name of their `form` ("attention"). An `optional`
@@ -132,11 +136,13 @@ class Row:
     operands: tuple[str, ...] = ("self",)
     when: tuple[Condition, ...] = ()
     float_output: bool = False
+    offers: bool = False
     fixed: QuantParams | None = None
     in_pairs: bool = False
     activation: NumberFormat | None = None
     weight: NumberFormat | None = None
     joins: bool = False
+    apart: bool = False
     reason: str = ""
     hint: str = ""
     form: str = ""
@@ -166,8 +172,9 @@ class Target:
     `stem_blocks`: convolutions with stride 2 on few channels are written over 2x2 blocks of pixels (see `stem`).
     `bias` None: biases stay float. `round_to` is the channel count multiple that its kernels like (pruning halves it
     for narrow layers).
-    `run` says for people where models for this target were run; `session` are entries of ONNX Runtime's session options
-    with which it rewrites graphs here as it does there.
+    `runtime` is what models are verified in beside ONNX Runtime: in OpenVINO, or (None) in nothing, so that only the
+    form of the file is checked. `run` says for people where models were run; `session` are entries of ONNX Runtime's
+    session options with which it rewrites graphs here as it does there.
     """
 
     name: str
@@ -182,6 +189,7 @@ class Target:
     bias: NumberFormat | None = field(default=NumberFormat(torch.int32, symmetric=True, per_channel=True))
     stem_blocks: bool = False
     round_to: int = 1
+    runtime: Runtime = "onnxruntime"
     run: str = "ONNX Runtime, here"
     session: tuple[tuple[str, str], ...] = ()
 
@@ -191,6 +199,11 @@ class Target:
         Where zero is in the middle of the stored numbers no quantization does the work of a Relu.
         """
         return op in self.fuses or (op in self.absorbs and not self.activation.symmetric)
+
+    @property
+    def activation_formats(self) -> list[NumberFormat]:
+        """The target's own format, and those of rows that have another."""
+        return [self.activation, *(r.activation for r in self.rows if r.activation is not None)]
 
     def row_for(self, node: fx.Node) -> Row | None:
         """The first row whose ops include the node's, that is not off, and that does not decline it."""
