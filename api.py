@@ -30,6 +30,7 @@ from .recipe import DEFAULT, parse_drop, resolve_passes
 from .runtime.artifact import Artifact, check_output
 from .runtime.evaluate import Evaluate
 from .runtime.latency import MeasuredLatencies
+from .training.distributed import TorchProcesses, join_processes
 
 _TARGET = "ort-x86"
 
@@ -59,6 +60,7 @@ def compile(
     plan: PruningPlan | None = None,
     dump: str | Path | None = None,
     progress: Progress | None = None,
+    distributed: bool = False,
 ) -> Artifact:
     """From a trained model to a verified ONNX file with a report.
 
@@ -75,8 +77,16 @@ def compile(
     fine-tuned, with its `plan`); otherwise it is the captured model itself. `preprocess` and `labels` are recorded for
     the bundle. `output` is the folder to write, `dump` one for the graph after each pass.
 
+    `distributed`: the processes that `torchrun` started share the calibration. Each must make the same call; each gets
+    the artifact, and the first one writes it. Not with `max_drop`, whose search goes by the clock.
+
     Raises FxpressError subclasses for everything that a user can mend.
     """
+    processes = _processes(distributed)
+    if processes is not None and max_drop is not None:
+        raise OptionError("the search under max_drop is for one process", hint="leave max_drop or distributed out")
+    if processes is not None and processes.rank > 0:
+        output = dump = progress = None
     settings = Settings(
         name=name or _name_of(module),
         target=load_target(target),
@@ -90,6 +100,7 @@ def compile(
         labels=tuple(labels),
         dump=Path(dump) if dump else None,
         progress=progress,
+        processes=processes,
     )
     if calibration is None and any(p.name in QUANTIZERS for p in settings.passes):
         raise DataError("quantization needs calibration data", hint="give calibration (--data), or the recipe float")
@@ -123,13 +134,22 @@ def op_latencies(
 
 
 def quantize(
-    program: Program, calibration: Iterable[Any], target: str = "ort-x86", ranges: Ranges = "auto", seed: int = 0
+    program: Program,
+    calibration: Iterable[Any],
+    target: str = "ort-x86",
+    ranges: Ranges = "auto",
+    seed: int = 0,
+    distributed: bool = False,
 ) -> Program:
     """A quantized copy of `program`, which still runs in PyTorch. BatchNorm should be fused before.
+
+    `distributed`: the processes that `torchrun` started share the calibration; each must call this with the same data,
+    and each returns the same program.
 
     Raises DataError for calibration data that do not fit, QuantizationError, OptionError.
     """
     context = Context(target=load_target(target), calibration=as_batches(program, calibration), seed=seed)
+    context.processes = _processes(distributed)
     return PassManager([make_pass("quantize", {"ranges": ranges})]).run(program, context)
 
 
@@ -194,6 +214,18 @@ def _journal_of(journal: str | Path | None, output: str | Path | None) -> Path |
     if journal is not None:
         return Path(journal)
     return Path(output).with_name(Path(output).name + ".journal") if output is not None else None
+
+
+def _processes(distributed: bool) -> TorchProcesses | None:
+    """The processes that share the work, None where there is one. Raises OptionError where none were started."""
+    if not distributed:
+        return None
+    processes = join_processes()
+    if processes is None:
+        raise OptionError(
+            "distributed has no effect on one process", hint="start several: torchrun --nproc-per-node 2 script.py"
+        )
+    return processes
 
 
 def _name_of(module: Any) -> str:

@@ -31,7 +31,7 @@ from .frontend.batches import Batches
 from .frontend.cost import count_macs, op_name
 from .frontend.preprocess import Preprocess
 from .frontend.program import Program, StageRecord, layer_name, module_path
-from .passes.base import VALUES, Context, Pass
+from .passes.base import VALUES, Context, Pass, Processes
 from .passes.manager import PassManager, run_passes
 from .passes.memory import peak_memory
 from .passes.pipeline import parse_pipeline, print_pipeline
@@ -80,6 +80,7 @@ class Settings:
     labels: tuple[str, ...] = ()
     dump: Path | None = None
     progress: Progress | None = None
+    processes: Processes | None = None
 
 
 @dataclass
@@ -186,6 +187,7 @@ def transform(
     passes = list(settings.passes)
     clock = latency_clock(passes, settings.target, settings.threads, settings.progress)
     context = Context(settings.target, batches, evaluate, settings.seed, settings.progress, latencies=clock)
+    context.processes = settings.processes
     cut = first_quantizer(passes)
     known = len(program.log)
 

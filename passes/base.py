@@ -19,7 +19,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
+from typing import TYPE_CHECKING, Any, ClassVar, Protocol, TypeVar
 
 import torch
 
@@ -42,6 +42,16 @@ class Change:
     notes: list[str] = field(default_factory=list)
 
 
+class Processes(Protocol):
+    """Processes that work on one job, each knowing its place. `training.distributed` makes it from torch's."""
+
+    rank: int
+    count: int
+
+    def gather(self, value: Any) -> list[Any]:
+        """The plain data (numbers, texts, tensors, lists, dicts) of every process, in their order, in each of them."""
+
+
 @dataclass
 class Context:
     """What a pass may know beyond the program.
@@ -51,6 +61,7 @@ class Context:
     target's runtime, for pruning to a latency. `judge` gives the user's metric of a program in the target's runtime
     (higher is better; it raises OptionError where there is no finite number), for searches under an allowed drop.
     `wanted` names the results that passes of the pipeline read (`Pass.reads`); what costs memory is kept for them only.
+    `processes` share the calibration, each with a part of the data; None: this one is alone.
     """
 
     target: Target | None = None
@@ -62,6 +73,7 @@ class Context:
     latencies: OpLatencies | None = None
     judge: Callable[[Program], float] | None = None
     wanted: frozenset[str] = frozenset()
+    processes: Processes | None = None
 
 
 class Pass:

@@ -120,7 +120,7 @@ def make_engine(options: TrainingOptions) -> Engine:
     handlers = [DistributedDataParallelKwargs(find_unused_parameters=True)]
     try:
         accelerator = Accelerator(
-            cpu=options.device == "cpu",
+            cpu=options.device == "cpu" or not torch.accelerator.is_available(),  # else it sees no processes on CPUs
             mixed_precision=None if is_initialized() else "no",
             kwargs_handlers=handlers,
         )

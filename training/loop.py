@@ -190,7 +190,7 @@ def _check_choices(
 
 def _called(function: Any) -> str:
     """What a callable is called; an instance by its class."""
-    return str(getattr(function, "__qualname__", type(function).__qualname__))
+    return str(getattr(function, "__name__", type(function).__name__))
 
 
 def _saving(path: str | Path | None, every: int | None, described: dict[str, Any]) -> Saving | None:

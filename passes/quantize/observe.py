@@ -23,6 +23,7 @@ from .conditions import rescaling
 from .ranges.channels import RangeChoice
 from .ranges.observers import Observer
 from .running import Runner, in_parts
+from .shared_calibration import merge_observed, own_batches
 from .spec import MOVING, NumberFormat, QuantParams
 
 
@@ -160,13 +161,19 @@ def calibrate_program(program: Program, batches: Iterable[tuple[torch.Tensor, ..
     sites = sites_of(program)
     runner = Runner(program)
     count = 0
-    for batch in batches:
+    for batch in own_batches(batches, context.processes):
         for part in in_parts(program, batch):
             samples = int(part[0].shape[0]) if part[0].ndim else 1
             runner.run_batch(part, functools.partial(_show, sites, samples))
             count += samples
         if context.progress:
             context.progress("calibrate", count, None)
+    if sites.samples and context.processes is not None:
+        raise QuantizationError("these observers have seen data before", hint="calibrate again in one process")
+    observing = {f"{s.key} {s.layer}": s for s in sites.by_key.values() if s.observer is not None}
+    merged, count = merge_observed({name: s.observer for name, s in observing.items()}, count, context.processes)
+    for name, observer in merged.items():
+        observing[name].observer = observer
     if count == 0:
         raise DataError("the calibration data is empty", hint="give at least one batch, better 100 to 1000 samples")
     sites.samples += count
