@@ -36,6 +36,11 @@ RECIPES = {
             "fuse BatchNorm, quantize to INT8 by the target's table",
             "cleanup,canonicalize,fuse-batchnorm,quantize",
         ),
+        Recipe(
+            "int8-accurate",
+            "INT8 with every accuracy pass, each kept where it helps: slower to compile",
+            "cleanup,canonicalize,fuse-batchnorm,equalize,smooth,quantize,learn-rounding,correct-bias",
+        ),
         Recipe("float", "fuse BatchNorm, stay in float", "cleanup,canonicalize,fuse-batchnorm"),
     )
 }

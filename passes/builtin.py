@@ -19,6 +19,7 @@ MODULES = (
     "quantize.accuracy.correct_bias",
     "quantize.fake_quant",
     "quantize.fold_fake_quant",
+    "quantize.accuracy.learn_rounding",
 )
 ENTRY_POINTS = "fxpress.passes"
 

@@ -36,8 +36,7 @@ def _rewrite(program: Program, conv: fx.Node) -> bool:
     assert isinstance(weight, fx.Node)
     integers = constant(program, weight.args[0])
     assert integers is not None
-    pads = [int(p) for p in argument(conv, "padding")]
-    blocks, before, after = block_weights(integers, (pads[0], pads[-1]), _sizes(conv.args[0]), _sizes(conv))
+    blocks, before, after = _blocks_of(integers, conv)
     name = str(weight.args[0].target)  # type: ignore[union-attr]
     stored = put_constant(program, f"{name}_blocks", blocks, conv)
     new_weight = call_before(conv, torch.ops.fxpress.dequantize_channel.default, stored, *weight.args[1:])
@@ -49,6 +48,16 @@ def _rewrite(program: Program, conv: fx.Node) -> bool:
     new.meta["custom"] = {**new.meta.get("custom", {}), "float_name": conv.name}
     replace(conv, new)
     return True
+
+
+def blocked_weight(weight: torch.Tensor, conv: fx.Node) -> torch.Tensor:
+    """The weights of the stem `conv` in the order that its form over blocks has."""
+    return _blocks_of(weight, conv)[0]
+
+
+def _blocks_of(weight: torch.Tensor, conv: fx.Node) -> tuple[torch.Tensor, tuple[int, int], tuple[int, int]]:
+    pads = [int(p) for p in argument(conv, "padding")]
+    return block_weights(weight, (pads[0], pads[-1]), _sizes(conv.args[0]), _sizes(conv))
 
 
 def _is_stem(conv: fx.Node) -> bool:

@@ -75,7 +75,7 @@ def correct_biases(twins: Twins, batches: list[Batch], context: Context) -> int:
         front.start(stage, level)
         got = _means(front, batches)
         for node in level:
-            _shift_bias(twins.program, layers[node], expected[layers[node].twin] - got[node])
+            shift_bias(twins.program, layers[node], expected[layers[node].twin] - got[node])
         done += len(level)
         if context.progress:
             context.progress(CorrectBias.name, done, len(layers))
@@ -90,18 +90,19 @@ def _means(run: PartialRun | Front, batches: list[Batch]) -> dict[fx.Node, torch
         with torch.no_grad():
             values = run(number, batch) if isinstance(run, Front) else run(batch)
         for node, value in values.items():
-            channels = value.transpose(0, channel_dim(node)).flatten(1).double()
+            channels = by_channel(node, value)
             sums[node] = sums.get(node, 0.0) + channels.sum(1)
             counts[node] = counts.get(node, 0) + channels.shape[1]
     return {node: total / counts[node] for node, total in sums.items()}
 
 
-def channel_dim(layer: fx.Node) -> int:
-    """The dim of a layer's output that its weights' rows make: the last of a linear layer, else 1."""
-    return int(layer.meta["val"].ndim) - 1 if is_op(layer, aten.linear.default) else 1
+def by_channel(layer: fx.Node, value: torch.Tensor) -> torch.Tensor:
+    """A layer's output as [channels, values], float64."""
+    dim = value.ndim - 1 if is_op(layer, aten.linear.default) else 1
+    return value.transpose(0, dim).flatten(1).double()
 
 
-def _shift_bias(program: Program, layer: IntegerLayer, shift: torch.Tensor) -> None:
+def shift_bias(program: Program, layer: IntegerLayer, shift: torch.Tensor) -> None:
     """Add `shift` [channels] to the layer's bias, in integers where the bias is stored so."""
     bias = argument(layer.node, "bias")
     if is_op(bias, torch.ops.fxpress.dequantize_channel.default):
