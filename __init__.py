@@ -36,6 +36,7 @@ if TYPE_CHECKING:
     from .training.options import SGD as SGD
     from .training.options import AdamW as AdamW
     from .training.options import TrainingOptions as TrainingOptions
+    from .training.qat import train_quantized as train_quantized
 
 # Public name -> the module that defines it.
 _LAZY = {
@@ -63,6 +64,7 @@ _LAZY = {
     "run_passes": ".passes.manager",
     "to_onnx": ".api",
     "train": ".training.loop",
+    "train_quantized": ".training.qat",
 }
 
 __all__ = ["FxpressError", "__version__", *sorted(_LAZY)]

@@ -294,6 +294,8 @@ def _node_line(node: fx.Node) -> str:
     return f"%{node.name} = {node.op}[{node.target}]{shape}"
 
 
+FROZEN = "frozen"  # in meta["custom"] of a norm that keeps its running statistics in training too
+
 # Position of the mode literal in the argument list of each op that behaves differently in training.
 _MODE_ARGUMENT = {
     torch.ops.aten.batch_norm.default: 5,
@@ -306,7 +308,8 @@ _MODE_ARGUMENT = {
 
 
 def _set_node_mode(node: fx.Node, training: bool) -> None:
-    """Rewrite a mode literal. Norms without running statistics and always-on dropout keep what capture found."""
+    """Rewrite a mode literal. Norms without running statistics and always-on dropout keep what capture found; norms
+    that are marked as frozen stay in evaluation."""
     position = _MODE_ARGUMENT.get(node.target) if node.op == "call_function" else None
     if position is None or len(node.args) <= position:
         return
@@ -316,7 +319,7 @@ def _set_node_mode(node: fx.Node, training: bool) -> None:
     custom = dict(node.meta.get("custom") or {})
     captured = custom.setdefault("eval_mode", node.args[position])
     node.meta["custom"] = custom
-    node.update_arg(position, True if training else captured)
+    node.update_arg(position, True if training and not custom.get(FROZEN) else captured)
 
 
 def describe_tensors(nodes: list[fx.Node], names: list[str], symbols: dict[str, str]) -> tuple[TensorInfo, ...]:

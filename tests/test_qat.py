@@ -21,7 +21,11 @@ from fxpress.passes.base import Context
 from fxpress.passes.manager import PassManager, op_counts
 from fxpress.passes.quantize.fake_quant import FakeQuantize
 from fxpress.runtime.verify import check_layers
+from fxpress.training.distill import Distillation
+from fxpress.training.distill_terms import SoftLabels
+from fxpress.training.objectives import Batch, CrossEntropy
 from fxpress.training.options import AdamW, TrainingOptions
+from fxpress.training.qat import Simulation, train_simulated
 
 TARGET = load_target("ort-x86")
 FUSED = "cleanup,canonicalize,fuse-batchnorm"
@@ -335,9 +339,76 @@ def test_few_bits_are_regained_by_training():
 
     calibrated = accuracy(fake)
     trained = accuracy(fxpress.finetune(fake, labelled, TrainingOptions(epochs=2, optimizer=AdamW(3e-3))))
-    print(calibrated, trained, accuracy(program))
     assert trained > calibrated + 0.1
     assert trained > accuracy(program) - 0.15
+
+
+def captured_digits() -> tuple[fxpress.Program, tuple[torch.Tensor, torch.Tensor], list[tuple[torch.Tensor]]]:
+    """A small network that reads digits, after one epoch; data to train it on and to calibrate it."""
+    digits = load_digits()
+    labelled = (digits.inputs[:512], digits.labels[:512])
+    torch.manual_seed(0)
+    program = fxpress.capture(DigitNet(width=12), digits.inputs[:2])
+    program = fxpress.finetune(program, labelled, TrainingOptions(optimizer=AdamW(1e-2)))
+    return program, labelled, [(x,) for x in digits.inputs[:128].split(32)]
+
+
+def test_train_quantized_gives_integers_that_the_runtime_computes():
+    program, labelled, calibration = captured_digits()
+    seen = []
+    int8 = fxpress.train_quantized(
+        program, labelled, TrainingOptions(epochs=2), calibration=calibration, on_epoch=lambda p, n: seen.append(n)
+    )
+    assert seen == [0, 1]
+    assert int8.state_dict()["stem.0.weight"].dtype is torch.int8
+    assert [r.name for r in int8.log][-2:] == ["qat", "fold-fake-quantize"]
+    assert check_layers(int8, (labelled[0][:16],)).kept
+
+
+def norm_modes(program: fxpress.Program) -> set[bool]:
+    return {n.args[5] for n in program.graph.nodes if "batch_norm" in str(n.target)}
+
+
+def test_norms_freeze_at_their_step_and_stay_frozen():
+    program, labelled, calibration = captured_digits()
+    context = Context(target=TARGET, calibration=calibration)
+    fake = PassManager(f"{KEPT},{OBSERVED},fake-quantize").run(program, context)
+    modes = []
+
+    def spy(program: fxpress.Program, batch: Batch) -> torch.Tensor:
+        modes.append((batch.step, norm_modes(program)))
+        return CrossEntropy()(program, batch)
+
+    options = TrainingOptions(epochs=2, batch_size=128)
+    trained = train_simulated(fake, labelled, options, None, Simulation(freeze=0.75), objective=spy).program
+    assert modes == [(i, {i < 6}) for i in range(8)]
+    assert norm_modes(trained) == {False}
+    assert norm_modes(trained.train()) == {False}, "frozen in training too"
+    assert norm_modes(fake.train()) == {True}, "the argument is not"
+
+
+def test_norms_that_were_never_frozen_get_new_statistics():
+    program, labelled, calibration = captured_digits()
+    context = Context(target=TARGET, calibration=calibration)
+    fake = PassManager(f"{KEPT},{OBSERVED},fake-quantize").run(program, context)
+    options = TrainingOptions(epochs=1, batch_size=128)
+    runs = [
+        train_simulated(fake, labelled, options, calibration, Simulation(freeze=None, reestimate=anew)).program
+        for anew in (False, None)
+    ]
+    (plain, anew) = (r.state_dict() for r in runs)
+    changed = {n for n in plain if not torch.equal(plain[n], anew[n])}
+    assert changed == {n for n in plain if "running" in n}
+    with pytest.raises(OptionError, match="calibration data"):
+        train_simulated(fake, labelled, options, None, Simulation(freeze=None))
+
+
+def test_distillation_and_simulation_compose():
+    program, labelled, calibration = captured_digits()
+    teaching = Distillation(program, program, [SoftLabels()], labels=0.1)
+    int8 = fxpress.train_quantized(program, labelled, calibration=calibration, objective=teaching)
+    agreement = (int8(labelled[0]).argmax(1) == program(labelled[0]).argmax(1)).float().mean()
+    assert agreement > 0.9
 
 
 # -- what can go wrong ---------------------------------------------------------------------------------------------

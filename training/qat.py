@@ -1,0 +1,142 @@
+"""Quantization-aware training: the network learns on the numbers that it will have, then it is folded.
+
+    int8 = fxpress.train_quantized(program, data, TrainingOptions(epochs=1, optimizer=SGD(0.01)), calibration=batches)
+
+    fuse-batchnorm{keep=true},annotate,observe,calibrate  ->  fake-quantize  ->  train  ->  fold-fake-quantize
+
+The steps are passes; only the training is here. BatchNorm trains on the statistics of its batch at first. From the
+freeze point on it uses its running statistics, as the folded program will, and the weights settle for those (Jacob et
+al. 2018, Krishnamoorthi 2018). Without a freeze point the statistics lag behind the weights to the end, so they are
+then computed anew on the calibration data.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+from torch import fx, nn
+
+from ..backends.targets import load_target
+from ..errors import OptionError
+from ..frontend.batches import as_batches
+from ..frontend.program import FROZEN, Program
+from ..passes.base import Context
+from ..passes.fuse_batchnorm import FuseBatchNorm
+from ..passes.manager import PassManager
+from ..passes.prune.recovery.reestimate import reestimate_statistics
+from ..passes.quantize.fake_quant import FakeQuantize
+from ..passes.quantize.fold_fake_quant import FoldFakeQuantize
+from ..passes.quantize.passes import Annotate, Calibrate, Observe
+from ..passes.rewrite import argument, aten, find
+from .examples import as_examples
+from .loop import Trained, train
+from .objectives import Batch, CrossEntropy, Objective
+from .options import SGD, TrainingOptions
+
+DEFAULT_OPTIONS = TrainingOptions(epochs=1, optimizer=SGD(0.01, weight_decay=1e-4))
+
+
+@dataclass(frozen=True)
+class Simulation:
+    """How quantization is simulated in training: `fake` are the options of the pass `fake-quantize`.
+
+    `freeze`: the share of the steps after which BatchNorm uses its running statistics, None for never. `reestimate`:
+    give BatchNorm new statistics on the calibration data at the end; by default where it was never frozen.
+    """
+
+    fake: FakeQuantize = field(default_factory=FakeQuantize)
+    freeze: float | None = 0.5
+    reestimate: bool | None = None
+
+    def __post_init__(self) -> None:
+        if self.freeze is not None and not 0 <= self.freeze <= 1:
+            raise OptionError(f"freeze is {self.freeze}", hint="give a share of the training in [0, 1], or None")
+
+
+def train_quantized(
+    program: Program,
+    data: Any,
+    options: TrainingOptions = DEFAULT_OPTIONS,
+    *,
+    calibration: Iterable[Any],
+    target: str = "ort-x86",
+    simulation: Simulation | None = None,
+    keep_float: tuple[str, ...] = (),
+    **choices: Any,
+) -> Program:
+    """An integer copy of the float `program`, trained with simulated quantization on labelled `data`.
+
+    `calibration` gives the first ranges. `choices` are those of `fxpress.train`: objective, evaluate, augment,
+    checkpoint and so on. What simulates activations with fewer bits than the target's cannot be folded: for that there
+    is `train_simulated`.
+    Raises what `fxpress.quantize` and `fxpress.train` raise.
+    """
+    simulation = simulation or Simulation()
+    context = Context(load_target(target), as_batches(program, calibration), seed=options.seed)
+    passes = [FuseBatchNorm(keep=True), Annotate(keep_float), Observe(), Calibrate(), simulation.fake]
+    fake = PassManager(passes).run(program, context)
+    trained = train_simulated(fake, data, options, context.calibration, simulation, **choices)
+    return PassManager([FoldFakeQuantize()]).run(trained.program, context)
+
+
+def train_simulated(
+    fake: Program,
+    data: Any,
+    options: TrainingOptions,
+    calibration: Iterable[tuple[torch.Tensor, ...]] | None,
+    simulation: Simulation | None = None,
+    **choices: Any,
+) -> Trained:
+    """Train a fake-quantized program as `simulation` says, and return it unfolded. `choices` are those of `train`."""
+    simulation = simulation or Simulation()
+    norms = bool(_norms(fake))
+    if norms and simulation.freeze is not None:
+        steps = options.epochs * as_examples(fake, data, options.batch_size, options.seed).steps
+        objective = choices.pop("objective", None)
+        if objective is None:
+            objective, options = CrossEntropy(options.label_smoothing), replace(options, label_smoothing=0.0)
+        choices["objective"] = FreezeNorms(objective, math.ceil(simulation.freeze * steps))
+    trained = train(fake, data, options, name=choices.pop("name", "qat"), **choices)
+    anew = simulation.reestimate if simulation.reestimate is not None else simulation.freeze is None
+    if norms and anew:
+        if calibration is None:
+            raise OptionError("BatchNorm's statistics are computed on calibration data", hint="give calibration")
+        reestimate_statistics(trained.program, calibration)
+    return trained
+
+
+class FreezeNorms(nn.Module):
+    """An objective under which BatchNorm uses its running statistics from step `step` on."""
+
+    def __init__(self, objective: Objective, step: int) -> None:
+        super().__init__()
+        self.objective, self.step = objective, step
+
+    def forward(self, program: Program, batch: Batch) -> torch.Tensor:
+        """The loss of `objective`, the norms frozen before it where the time has come."""
+        if batch.step >= self.step and program.training:
+            freeze_norms(program)
+        return self.objective(program, batch)
+
+
+def freeze_norms(program: Program) -> int:
+    """Let every BatchNorm keep its running statistics, in training too, in place. Returns how many were not frozen."""
+    changed = [n for n in _norms(program) if not _is_frozen(n)]
+    for node in changed:
+        node.meta["custom"] = {**(node.meta.get("custom") or {}), FROZEN: True}
+    if changed:
+        program.train(program.training)
+    return len(changed)
+
+
+def _norms(program: Program) -> list[fx.Node]:
+    """The BatchNorm nodes that have running statistics."""
+    return [n for n in find(program, aten.batch_norm.default) if argument(n, "running_mean") is not None]
+
+
+def _is_frozen(node: fx.Node) -> bool:
+    return bool((node.meta.get("custom") or {}).get(FROZEN))
