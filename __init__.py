@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     from .passes.prune.recovery.schedule import prune_and_recover as prune_and_recover
     from .runtime.artifact import Artifact as Artifact
     from .runtime.bundle import load as load
+    from .training.iterative import prune_and_finetune as prune_and_finetune
     from .training.loop import finetune as finetune
     from .training.loop import train as train
     from .training.options import SGD as SGD
@@ -56,6 +57,7 @@ _LAZY = {
     "load": ".runtime.bundle",
     "op_latencies": ".api",
     "plan_pruning": ".api",
+    "prune_and_finetune": ".training.iterative",
     "prune_and_recover": ".passes.prune.recovery.schedule",
     "quantize": ".api",
     "recover": ".passes.prune.recovery.recover",

@@ -50,7 +50,7 @@ SCHEMA = {
     },
     "layers": [LAYER],
     "pruning": {
-        "groups": int, "macs_kept": NUMBER, "effects": [str], "zeros": int, "blocks": [str],
+        "groups": int, "macs_kept": NUMBER, "effects": [str], "notes": [str], "zeros": int, "blocks": [str],
         "compressed_bytes": (dict, type(None)),
         "pinned": [{"size": int, "reason": str, "source": (str, type(None))}],
     },
@@ -84,7 +84,7 @@ def test_the_report_has_exactly_the_keys_of_schema_1(tiny_folder):
     report = json.loads((tiny_folder / "report.json").read_text())
     assert report["pruning"] is None
     nothing = {
-        "groups": 0, "macs_kept": 1.0, "effects": [], "zeros": 0, "blocks": [], "compressed_bytes": None, "pinned": [],
+        "groups": 0, "macs_kept": 1.0, "effects": [], "notes": [], "zeros": 0, "blocks": [], "compressed_bytes": None, "pinned": [],
     }  # fmt: skip
     assert misfits({**report, "pruning": nothing}, SCHEMA) == []
 

@@ -24,6 +24,8 @@ import torch
 from ..errors import OptionError
 from ..frontend.program import Program, StageRecord
 from ..passes.memory import peak_memory
+from ..passes.prune.kinds.sparsify import zero_weights
+from ..passes.prune.plan import PruningPlan
 from ..runtime.evaluate import Evaluate, Runner, Top1, measure, torch_runner
 from ..runtime.feed import leaves
 from .checkpoint import CheckpointFolder, EpochRecord, digest
@@ -69,6 +71,7 @@ def train(
     augment: Augment | None = None,
     workers: int = 0,
     on_epoch: OnEpoch | None = None,
+    plan: PruningPlan | None = None,
     checkpoint: str | Path | None = None,
     checkpoint_every: int | None = None,
     progress: Progress | None = None,
@@ -81,6 +84,8 @@ def train(
     cross entropy. `evaluate(run)` judges each epoch, higher is better. `augment(inputs, generator)` varies the inputs
     of a step. `on_epoch(program, number)` is called before each epoch, from 0, and before the rest of one that is
     resumed; it may switch what the program does, by the number alone.
+
+    `plan`: the sparse plan that the program was pruned by; its zeros stay zero.
 
     `checkpoint`: a folder for the state of the run, after every epoch and every `checkpoint_every` steps. A run that
     finds its own checkpoint there goes on from it; one that was finished returns what it came to.
@@ -106,7 +111,8 @@ def train(
         saving = _saving(checkpoint, checkpoint_every, described)
         move(copy, engine.device)
         judge = _judge(copy, objective, evaluate, held_out, engine)
-        hooks = Hooks(judge, augment, on_epoch, progress if engine.is_first else None, name)
+        zeros = _keep_zeros(plan) if plan is not None else None
+        hooks = Hooks(judge, augment, on_epoch, zeros, progress if engine.is_first else None, name)
         run = Run(copy, step, examples, options, engine, hooks)
         before = saving.folder.read() if saving else None
         if before:
@@ -186,6 +192,12 @@ def _check_choices(
                 raise OptionError(f"{name} has no effect without a metric", hint="give evaluate, or hold_out=0.1")
     if isinstance(options.schedule, OneCycle) and options.warmup:
         raise OptionError("warmup has no place before a one-cycle schedule", hint="its `rise` is the warm-up")
+
+
+def _keep_zeros(plan: PruningPlan) -> Callable[[Program], None]:
+    if not plan.masks:
+        raise OptionError("plan has no effect: it zeroes no single weights", hint="leave it out")
+    return lambda program: zero_weights(program, plan.masks)
 
 
 def _called(function: Any) -> str:

@@ -30,11 +30,12 @@ Progress = Callable[[str, int, int | None], None]
 @dataclass(frozen=True)
 class Hooks:
     """What the caller has a say in: the metric of the program as it is, how inputs are varied, what happens before an
-    epoch, and who is told of the progress."""
+    epoch and after a step, and who is told of the progress."""
 
     judge: Callable[[], float] | None = None
     augment: Augment | None = None
     on_epoch: Callable[[Program, int], None] | None = None
+    after_step: Callable[[Program], None] | None = None
     progress: Progress | None = None
     name: str = "finetune"
 
@@ -108,6 +109,8 @@ class Run:
             seed_all(*place)
             raise not_finite(self.program, batch, value)
         self.optimizer.zero_grad()
+        if self.hooks.after_step:
+            self.hooks.after_step(self.program)
         if self.average:
             self.average.update(self.live, here.step)
         here.loss, here.step, here.batch = here.loss + value, here.step + 1, here.batch + 1

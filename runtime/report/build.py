@@ -130,6 +130,7 @@ def _pruning(
         "groups": len(plan.groups),
         "macs_kept": after / before if before else 1.0,
         "effects": list(plan.effects),
+        "notes": list(plan.notes),
         "zeros": plan.zeros,
         "blocks": [b.name for b in plan.blocks],
         "compressed_bytes": dict(zip(("float", "compiled"), compressed)) if compressed else None,

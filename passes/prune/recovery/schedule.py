@@ -44,7 +44,7 @@ def prune_and_recover(
 
     Returns the recovered program and one plan, with indices of the original. Raises what `recover` and `choose` raise.
     """
-    name, share = _budget(macs, params)
+    name, share = budget_of(macs, params)
     if isinstance(steps, bool) or not isinstance(steps, int) or steps < 1:
         raise OptionError(f"steps is {steps!r}", hint="give a positive whole number")
     batches = as_batches(program, calibration)
@@ -56,7 +56,7 @@ def prune_and_recover(
     )
     current, plan = program, None
     for number in range(1, steps + 1):
-        left = _kept(plan, name) if plan is not None else 1.0
+        left = kept_share(plan, name) if plan is not None else 1.0
         step = choose(current, **{name: min(share ** (number / steps) / left, 1.0)})
         pruned = step.apply(current)
         plan = step if plan is None else plan.merge(step)
@@ -66,7 +66,8 @@ def prune_and_recover(
     return current, plan
 
 
-def _budget(macs: float | None, params: float | None) -> tuple[Literal["macs", "params"], float]:
+def budget_of(macs: float | None, params: float | None) -> tuple[Literal["macs", "params"], float]:
+    """Which budget is given, and the share. Raises OptionError unless it is exactly one, in (0, 1]."""
     if (macs is None) == (params is None):
         raise OptionError("give exactly one budget, macs or params", hint="for example macs=0.5")
     share = macs if macs is not None else params
@@ -76,6 +77,7 @@ def _budget(macs: float | None, params: float | None) -> tuple[Literal["macs", "
     return ("macs" if macs is not None else "params"), float(share)
 
 
-def _kept(plan: PruningPlan, name: str) -> float:
+def kept_share(plan: PruningPlan, name: str) -> float:
+    """The share of `name` ("macs" or "params") that a plan keeps."""
     before, after = plan.macs if name == "macs" else plan.parameters
     return after / max(before, 1)
