@@ -9,9 +9,9 @@ DequantizeLinear with the changes of layout around it. What fuses in float (Conv
 
 from __future__ import annotations
 
-import math
+import functools
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 
 import onnx
 
@@ -23,9 +23,10 @@ from ..passes.prune.budgets.units import at_batch_one, find_units
 from ..passes.quantize.placement.atoms import Atoms, origin, with_origins
 from ..passes.quantize.placement.minimum_cut import Atom, Problem, Saving, Tensor
 from ..passes.verify import check_structure
-from .conversions import conversion_model, conversion_seconds
+from .conversions import Conversions, conversion_model, conversion_seconds
 from .feed import example_tensors, take
 from .latency import LatencyTable, kernel_seconds
+from .layouts import Layouts, image
 
 _LAYOUT = frozenset({"ReorderInput", "ReorderOutput"})
 _CONVERSIONS = frozenset({"QuantizeLinear", "DequantizeLinear"})
@@ -46,20 +47,18 @@ class PartClock:
         """The kernel time of a part."""
         return self._known(f"part {signature(model)}", lambda: self._time_part(model))
 
-    def conversions(self, shape: tuple[int, ...], within: bool) -> tuple[float, float]:
-        """(quantize, dequantize) of a tensor; `within` a model there are changes of layout besides."""
-        key = f"{list(shape)} {'within' if within else 'alone'}"
-        both: list[tuple[float, float]] = []
+    def conversions(self, shape: tuple[int, ...], within: bool) -> Conversions:
+        """The conversions of a tensor; `within` a network there are changes of layout besides."""
+        key = f"conversions {list(shape)} {'within' if within else 'alone'}"
+        measured: list[Conversions] = []
 
-        def measure(which: int) -> Callable[[], float]:
-            def timed() -> float:
-                if not both:
-                    both.append(conversion_seconds(conversion_model(shape, within), self.effort, self.threads))
-                return both[0][which]
+        def measure(name: str) -> float:
+            if not measured:
+                measured.append(conversion_seconds(conversion_model(shape, within), self.effort, self.threads))
+            return float(getattr(measured[0], name))
 
-            return timed
-
-        return self._known(f"quantize {key}", measure(0)), self._known(f"dequantize {key}", measure(1))
+        names = [f.name for f in fields(Conversions)]
+        return Conversions(*(self._known(f"{name} {key}", functools.partial(measure, name)) for name in names))
 
     def _time_part(self, model: onnx.ModelProto) -> float:
         own = {n.name for n in model.graph.node}
@@ -99,12 +98,13 @@ def measure_problem(
     integer = _timed_parts(*_integer_model(one, passes, context), atoms)
     times = _Times(clock, floating, integer, tell)
     costs = [times.atom(i, atoms) for i in range(len(atoms.members))]
-    outside = len(costs)  # what reads the program's outputs, in float
-    tensors = [_tensor(one, name, readers, atoms, clock, outside) for name, readers in atoms.values]
     chains = [_chain(unit.members, atoms) for unit in find_units(one)]
-    savings = [s for chain in chains for s in times.savings(chain, costs)]
+    savings = tuple(s for chain in chains for s in times.savings(chain, costs))
+    costs.append(Atom("outputs"))
+    layouts = Layouts(costs, lambda shape: clock.conversions(shape, True))
+    tensors = tuple(_tensors(one, atoms, clock, layouts))
     clock.table.save()
-    return Problem((*costs, Atom("outputs")), tuple(t for t in tensors if t is not None), tuple(savings))
+    return Problem(tuple(layouts.atoms), (*tensors, *layouts.tensors), savings)
 
 
 def at_one_example(program: Program) -> Program:
@@ -180,15 +180,16 @@ def _chain(members: Iterable[object], atoms: Atoms) -> tuple[int, ...]:
     return tuple(dict.fromkeys(indices))
 
 
-def _tensor(
-    one: Program, name: str, readers: tuple[int, ...], atoms: Atoms, clock: PartClock, outside: int
-) -> Tensor | None:
-    """The conversions of one value; None where nobody can take it as integers."""
-    producer = atoms.atom_of[name]
-    if producer not in atoms.movable and atoms.movable.isdisjoint(readers):
-        return None
-    node = next(n for n in one.graph.nodes if n.name == name)
-    shape = tuple(int(s) for s in node.meta["val"].shape)
-    within = node.op == "call_function" and len(shape) == 4 and math.prod(shape[2:]) > 1
-    quantize, dequantize = clock.conversions(shape, within)
-    return Tensor(producer, tuple(outside if r < 0 else r for r in readers), quantize, dequantize)
+def _tensors(one: Program, atoms: Atoms, clock: PartClock, layouts: Layouts) -> Iterable[Tensor]:
+    """The conversions of all values that somebody could take as integers."""
+    named, outside = {n.name: n for n in one.graph.nodes}, len(atoms.members)
+    atom_of = atoms.atom_of
+    for name, readers in atoms.values:
+        node, producer = named[name], atom_of[name]
+        layouts.pass_on(node, producer, [(u, atom_of[u.name]) for u in node.users if u.name in atom_of])
+        if producer in atoms.movable or not atoms.movable.isdisjoint(readers):
+            shape = tuple(int(s) for s in node.meta["val"].shape)
+            times = clock.conversions(shape, within=image(node) is not None)
+            yield Tensor(
+                producer, tuple(outside if r < 0 else r for r in readers), times.quantize, times.dequantize
+            )

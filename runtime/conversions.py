@@ -2,12 +2,13 @@
 
 Within a network the conversion is more than one kernel: float convolutions work on blocks of channels, integer ones on
 channels last, and between them the runtime reorders or transposes. So the tensor is passed from an integer convolution
-to a float one and back to an integer one, and the time of all that runs between them is taken.
+to a float one and back to an integer one, and what runs between them is timed.
 """
 
 from __future__ import annotations
 
 import statistics
+from dataclasses import astuple, dataclass
 
 import numpy as np
 import onnx
@@ -26,20 +27,44 @@ def conversion_model(shape: tuple[int, ...], within: bool) -> onnx.ModelProto:
     return _between_convolutions(shape) if within else _alone(shape)
 
 
-def conversion_seconds(model: onnx.ModelProto, effort: float, threads: int = 1) -> tuple[float, float]:
-    """(quantize, dequantize): the medians over the runs of a `conversion_model`."""
-    runs = [_split(run) for run in profile(model.SerializeToString(), effort, threads)]
-    return statistics.median(q for q, _ in runs), statistics.median(d for _, d in runs)
+@dataclass(frozen=True)
+class Conversions:
+    """Seconds for a tensor: the conversions alone; the changes of layout from integer to float kernels (`to_blocks`)
+    and back (`from_blocks`), beside the conversion; of those, `block` and `unblock` the float part alone."""
+
+    quantize: float
+    dequantize: float
+    to_blocks: float = 0.0
+    from_blocks: float = 0.0
+    block: float = 0.0
+    unblock: float = 0.0
 
 
-def _split(run: list[tuple[str, str, float]]) -> tuple[float, float]:
-    """The time before the float convolution back to the integer one, and that after it."""
+def conversion_seconds(model: onnx.ModelProto, effort: float, threads: int = 1) -> Conversions:
+    """The medians over the runs of a `conversion_model`."""
+    runs = [astuple(_split(run)) for run in profile(model.SerializeToString(), effort, threads)]
+    return Conversions(*(statistics.median(values) for values in zip(*runs)))
+
+
+def _split(run: list[tuple[str, str, float]]) -> Conversions:
     places = [i for i, (_, node, _) in enumerate(run) if node.startswith(_STEPS)]
     if len(places) < 3:
-        named = {op: seconds for op, _, seconds in run}
-        return named.get("QuantizeLinear", 0.0), named.get("DequantizeLinear", 0.0)
+        return Conversions(_sum(run, "QuantizeLinear"), _sum(run, "DequantizeLinear"))
     first, middle, last = places[:3]
-    return sum(s for *_, s in run[middle + 1 : last]), sum(s for *_, s in run[first + 1 : middle])
+    before, after = run[first + 1 : middle], run[middle + 1 : last]
+    quantize, dequantize = _sum(after, "QuantizeLinear"), _sum(before, "DequantizeLinear")
+    return Conversions(
+        quantize,
+        dequantize,
+        _sum(before) - dequantize,
+        _sum(after) - quantize,
+        _sum(before, "ReorderInput"),
+        _sum(after, "ReorderOutput"),
+    )
+
+
+def _sum(run: list[tuple[str, str, float]], op: str | None = None) -> float:
+    return sum(s for name, _, s in run if op in (None, name))
 
 
 def _alone(shape: tuple[int, ...]) -> onnx.ModelProto:

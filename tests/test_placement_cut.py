@@ -81,4 +81,16 @@ def test_an_impossible_form_costs_infinity():
     problem = Problem((Atom("f", 1.0), Atom("i", None, 1.0)))
     assert problem.seconds({0, 1}) == float("inf") == problem.seconds(())
     assert problem.solve() == {0}
-    assert Problem((Atom("a", 2.0, 1.0),)).without_integers([0]).solve() == {0}
+    assert Problem((Atom("a", 2.0, 1.0),)).held(floats=[0]).solve() == {0}
+    assert Problem((Atom("a", 1.0, 2.0),)).held(integers=[0]).solve() == frozenset()
+
+
+@settings(max_examples=100, deadline=None)
+@given(problems(), st.data())
+def test_completing_a_placement_decides_the_rest_at_its_best(problem, data):
+    decided = data.draw(st.integers(0, len(problem.atoms)))
+    chosen = {i for i in range(decided) if problem.atoms[i].integer is None}
+    allowed = [p for p in placements(problem) if {i for i in p if i < decided} == chosen]
+    least = min(map(problem.seconds, allowed))
+    if least < float("inf"):
+        assert problem.seconds(problem.completed(chosen, decided)) == pytest.approx(least, abs=1e-12)

@@ -89,11 +89,19 @@ class Problem:
         savings = tuple(Saving(s.first, s.second, s.seconds * floating) for s in self.savings)
         return Problem(atoms, tensors, savings)
 
-    def without_integers(self, indices: Iterable[int]) -> Problem:
-        """The same, with some atoms held in float."""
-        held = set(indices)
-        atoms = tuple(Atom(a.name, a.floating, None) if i in held else a for i, a in enumerate(self.atoms))
+    def held(self, floats: Iterable[int] = (), integers: Iterable[int] = ()) -> Problem:
+        """The same, with some atoms held in float and some on integers."""
+        down, up = set(floats), set(integers)
+        atoms = tuple(
+            Atom(a.name, None if i in up else a.floating, None if i in down else a.integer)
+            for i, a in enumerate(self.atoms)
+        )
         return Problem(atoms, self.tensors, self.savings)
+
+    def completed(self, floats: Iterable[int], decided: int) -> frozenset[int]:
+        """The best placement in which, of the first `decided` atoms, just `floats` are in float."""
+        chosen = set(floats)
+        return self.held(chosen, set(range(decided)) - chosen).solve()
 
 
 def _conversions(tensor: Tensor, floats: set[int]) -> float:
@@ -131,7 +139,7 @@ def _pay_once(graph: Any, quantized: str, floating: str, tensor: Tensor) -> None
 
 def _pay(graph: Any, start: int | str, end: int | str, seconds: float | None) -> None:
     """Add to the capacity of an edge; None is infinite (which networkx says by giving no capacity)."""
-    if seconds is None:
+    if seconds is None or seconds == float("inf"):
         graph.add_edge(start, end)
         graph.edges[start, end].pop("capacity", None)
         return
