@@ -2,24 +2,32 @@
 
 from __future__ import annotations
 
+import math
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
 from .session import Runnable
 
+_DEVIATIONS = 1.96  # of a normal distribution: 95 %
+
 
 @dataclass(frozen=True)
 class Timing:
-    """Medians in milliseconds, and the median of the ratios first / second within each pair of runs."""
+    """Medians in milliseconds, and the median of the ratios first / second within each pair of runs.
+
+    `low` to `high`: where that median lies with 95 % confidence, whatever the distribution of the ratios.
+    """
 
     first_ms: float
     second_ms: float
     ratio: float
     runs: int
+    low: float = 0.0
+    high: float = float("inf")
 
 
 def compare_latency(
@@ -50,12 +58,26 @@ def compare_latency(
         else:
             b, a = _time(second, others, clock), _time(first, inputs, clock)
         pairs.append((a, b))
+    low, high = median_interval([a / b for a, b in pairs])
     return Timing(
         first_ms=statistics.median(a for a, _ in pairs) * 1e3,
         second_ms=statistics.median(b for _, b in pairs) * 1e3,
         ratio=statistics.median(a / b for a, b in pairs),
         runs=len(pairs),
+        low=low,
+        high=high,
     )
+
+
+def median_interval(values: Sequence[float]) -> tuple[float, float]:
+    """Where the median of what `values` were drawn from lies with 95 % confidence, from their order alone.
+
+    The number of values below the median is binomial: the bounds are the values 0.98 sqrt(n) places to either side.
+    """
+    ordered, n = sorted(values), len(values)
+    reach = _DEVIATIONS * math.sqrt(n) / 2
+    first, last = math.floor((n - 1) / 2 - reach), math.ceil((n - 1) / 2 + reach)
+    return ordered[max(first, 0)], ordered[min(last, n - 1)]
 
 
 def _time(session: Runnable, inputs: tuple[np.ndarray, ...], clock: Callable[[], float]) -> float:

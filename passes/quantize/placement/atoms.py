@@ -43,9 +43,11 @@ class Atoms:
         return frozenset(i for i, names in enumerate(self.members) if wanted.isdisjoint(names))
 
 
-def find_atoms(program: Program, target: Target, keep_float: Sequence[str] = ()) -> Atoms:
+def find_atoms(
+    program: Program, target: Target, keep_float: Sequence[str] = (), use_integer: Sequence[str] = ()
+) -> Atoms:
     """The atoms of a float program, given what the user keeps in float in any case."""
-    groups = integer_groups(program, target, keep_float)
+    groups = integer_groups(program, target, keep_float, use_integer)
     together = {name: group for group in groups for name in group}
     members: list[tuple[str, ...]] = []
     index: dict[str, int] = {}
@@ -59,10 +61,12 @@ def find_atoms(program: Program, target: Target, keep_float: Sequence[str] = ())
     return Atoms(tuple(members), movable, tuple(_values(program, index)))
 
 
-def integer_groups(program: Program, target: Target, keep_float: Sequence[str] = ()) -> list[tuple[str, ...]]:
+def integer_groups(
+    program: Program, target: Target, keep_float: Sequence[str] = (), use_integer: Sequence[str] = ()
+) -> list[tuple[str, ...]]:
     """What `annotate` computes on integers, by names of the float program: what shares a kernel is one group."""
     marked = with_origins(program)
-    annotate_program(marked, target, keep_float)
+    annotate_program(marked, target, keep_float, use_integer)
     order = {node.name: i for i, node in enumerate(program.graph.nodes)}
     leader: dict[str, str] = {}
 

@@ -1,0 +1,151 @@
+"""One placement, made and timed as a whole model: how much faster than float it is, and how faithful."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+import torch
+
+from ..backends.onnx.lower import lower
+from ..errors import QuantizationError
+from ..frontend.program import Program
+from ..passes.base import Context, Pass
+from ..passes.manager import PassManager
+from ..passes.quantize.passes import Annotate, Fold, Observe, Quantize
+from .benchmark import Timing, compare_latency
+from .feed import example_tensors, examples, take
+from .session import Session, make_session
+
+_LIMIT = 200.0  # dB
+
+
+@dataclass(frozen=True)
+class Placement:
+    """What stays in float and which forms are on; `integers` are the nodes that are on integers then.
+
+    All in float where `integers` is empty: such a model is made without quantizing at all.
+    """
+
+    name: str
+    keep_float: tuple[str, ...]
+    forms: tuple[str, ...]
+    integers: frozenset[str]
+
+
+@dataclass(frozen=True)
+class Trial:
+    """A placement as it was measured: speed over float with its 95 % interval, milliseconds, SQNR of the outputs."""
+
+    placement: Placement
+    speed: float
+    low: float
+    high: float
+    milliseconds: float
+    sqnr_db: float
+
+    def __str__(self) -> str:
+        return f"{self.placement.name}: {self.speed:.2f}x, {self.sqnr_db:.1f} dB"
+
+
+@dataclass
+class TrialBench:
+    """Makes and times placements of one program.
+
+    `passes` are those from quantization on. Ranges and weights do not change what kernels do, so they are found in the
+    cheapest way here, from `samples`, and passes that only move values are left out.
+    """
+
+    program: Program
+    passes: Sequence[Pass]
+    context: Context
+    samples: tuple[torch.Tensor, ...]
+    threads: int = 1
+    seconds: float = 1.0
+    _expected: list[tuple[np.ndarray, ...]] = field(default_factory=list)
+    _float: Session | None = None
+
+    def quick(self, placement: Placement) -> list[Pass]:
+        """The passes of a trial."""
+        return [_cheapened(p) for p in placed(self.passes, placement) if _moves_kernels(p)]
+
+    def measure(self, placement: Placement) -> Trial:
+        """Quantize, load, compare with float. Raises QuantizationError where nothing is on integers."""
+        session = make_session(self.compiled(placement), threads=self.threads)
+        timing = self.time(session)
+        return Trial(
+            placement, timing.ratio, timing.low, timing.high, timing.second_ms, self._sqnr(session)
+        )
+
+    def again(self, trial: Trial, seconds: float) -> Trial:
+        """The same with a fresh session, for longer."""
+        timing = self.time(make_session(self.compiled(trial.placement), threads=self.threads), seconds)
+        return dataclasses.replace(
+            trial, speed=timing.ratio, low=timing.low, high=timing.high, milliseconds=timing.second_ms
+        )
+
+    def compiled(self, placement: Placement) -> bytes:
+        """The placement as ONNX."""
+        context = dataclasses.replace(self.context, calibration=[self.samples], results={}, progress=None)
+        passes = self.quick(placement) if placement.integers else []
+        return lower(PassManager(passes, check_numbers=False).run(self.program, context)).SerializeToString()
+
+    def time(self, session: Session, seconds: float | None = None) -> Timing:
+        """Float and `session` in turns on one example; one thread by its processor time."""
+        inputs = tuple(x.contiguous().numpy() for x in take(self.program, example_tensors(self.program), 1))
+        clock = time.thread_time if self.threads == 1 else time.perf_counter
+        return compare_latency(self.floating, session, inputs, seconds=seconds or self.seconds, clock=clock)
+
+    @property
+    def floating(self) -> Session:
+        """The program as it is, in float."""
+        if self._float is None:
+            self._float = make_session(lower(self.program).SerializeToString(), threads=self.threads)
+        return self._float
+
+    def _sqnr(self, session: Session) -> float:
+        batches = [tuple(x.numpy() for x in e) for e in examples(self.program, self.samples)]
+        if not self._expected:
+            self._expected = [self.floating.run(*b) for b in batches]
+        signal = error = 0.0
+        for expected, batch in zip(self._expected, batches):
+            for a, b in zip(expected, session.run(*batch)):
+                if a.dtype.kind == "f":
+                    signal += float(np.square(a.astype(np.float64)).sum())
+                    error += float(np.square(a.astype(np.float64) - b).sum())
+        if error == 0:
+            return _LIMIT
+        return min(10 * math.log10(max(signal, 1e-300) / error), _LIMIT)
+
+
+def placed(passes: Sequence[Pass], placement: Placement) -> list[Pass]:
+    """The passes with the placement written into the one that decides what is quantized."""
+    options = {"keep_float": placement.keep_float, "forms": placement.forms}
+    return [dataclasses.replace(p, **options) if isinstance(p, (Quantize, Annotate)) else p for p in passes]
+
+
+def deciding(passes: Sequence[Pass]) -> Annotate:
+    """What the passes annotate with. Raises QuantizationError for passes that never do."""
+    for item in passes:
+        if isinstance(item, Annotate):
+            return item
+        if isinstance(item, Quantize):
+            return item.steps()[0]  # type: ignore[return-value]
+    raise QuantizationError("there is nothing to place: the passes do not quantize", hint="add quantize to them")
+
+
+def _cheapened(item: Pass) -> Pass:
+    if isinstance(item, Quantize):
+        return dataclasses.replace(item, ranges="minmax", weights="minmax")
+    if isinstance(item, Observe):
+        return dataclasses.replace(item, ranges="minmax")
+    return dataclasses.replace(item, weights="minmax") if isinstance(item, Fold) else item
+
+
+def _moves_kernels(item: Pass) -> bool:
+    """Accuracy passes change numbers, not kernels."""
+    return ".accuracy." not in type(item).__module__
