@@ -12,7 +12,7 @@ import torch
 
 from .backends.onnx.lower import lower
 from .backends.targets import load_target
-from .compilation import QUANTIZERS, Progress, Settings, Stages, compile_program, latency_clock
+from .compilation import compile_program, latency_clock
 from .errors import DataError, OptionError
 from .frontend.batches import Batches, as_batches
 from .frontend.capture import capture
@@ -26,10 +26,12 @@ from .passes.prune import planning
 from .passes.prune.plan import PruningPlan
 from .passes.quantize.passes import Ranges
 from .passes.quantize.placement.fallback import Budget
+from .placing import runs_here
 from .recipe import DEFAULT, parse_drop, resolve_passes
 from .runtime.artifact import Artifact, check_output
 from .runtime.evaluate import Evaluate
 from .runtime.latency import MeasuredLatencies
+from .settings import Progress, Settings, Stages, quantizes
 from .training.distributed import TorchProcesses, join_processes
 
 _TARGET = "ort-x86"
@@ -50,6 +52,9 @@ def compile(
     search_seconds: float | None = None,
     search_trials: int | None = None,
     journal: str | Path | None = None,
+    tune: bool = False,
+    tune_seconds: float = 60.0,
+    allow_slower: bool = False,
     output: str | Path | None = None,
     seed: int = 0,
     threads: int = 1,
@@ -72,6 +77,10 @@ def compile(
     left in float that keep the allowance (`search_seconds`, `search_trials`: for so long at most; the trials are
     written to `journal`, by default `output` + ".journal", from which a killed search goes on). If that fails too, the
     best so far is kept and marked (`artifact.kept` is False).
+
+    `tune` measures on this machine which ops are faster in float, for about `tune_seconds`, and leaves those in float.
+    Without it, too, a model that turns out slower than the float model is tuned, and stays in float where that does not
+    help; `allow_slower` keeps it as it is.
 
     `reference` is the float model that the report compares with, for a Program that was already changed (pruned and
     fine-tuned, with its `plan`); otherwise it is the captured model itself. `preprocess` and `labels` are recorded for
@@ -96,13 +105,17 @@ def compile(
         max_drop=_checked_drop(max_drop, evaluate),
         search=_checked_search(max_drop, search_seconds, search_trials, journal),
         journal=_journal_of(journal, output),
+        tune=tune,
+        tune_seconds=tune_seconds,
+        allow_slower=allow_slower,
         preprocess=preprocess,
         labels=tuple(labels),
         dump=Path(dump) if dump else None,
         progress=progress,
         processes=processes,
     )
-    if calibration is None and any(p.name in QUANTIZERS for p in settings.passes):
+    _check_tuning(settings, tune_seconds)
+    if calibration is None and quantizes(settings.passes):
         raise DataError("quantization needs calibration data", hint="give calibration (--data), or the recipe float")
     if output is not None:
         check_output(output)
@@ -214,6 +227,25 @@ def _journal_of(journal: str | Path | None, output: str | Path | None) -> Path |
     if journal is not None:
         return Path(journal)
     return Path(output).with_name(Path(output).name + ".journal") if output is not None else None
+
+
+def _check_tuning(settings: Settings, seconds: float) -> None:
+    """Tuning asks the runtime here; it has no effect where nothing is quantized, or on what runs elsewhere."""
+    if not 0 < seconds < float("inf"):
+        raise OptionError(f"tune_seconds is {seconds!r}", hint="give a number of seconds above 0")
+    for name, given in (("tune", settings.tune), ("allow_slower", settings.allow_slower)):
+        if given and not quantizes(settings.passes):
+            raise OptionError(f"{name} has no effect: the pipeline does not quantize", hint="leave it out")
+    if settings.tune and settings.processes is not None:
+        raise OptionError(
+            "tune does not work beside distributed: processes would measure differently",
+            hint="tune on one process, then give the pipeline that its report states",
+        )
+    if settings.tune and not runs_here(settings.target):
+        raise OptionError(
+            f"tune has no effect on target {settings.target.name}, whose models run elsewhere ({settings.target.run})",
+            hint="leave it out: a measurement here says nothing about that runtime",
+        )
 
 
 def _processes(distributed: bool) -> TorchProcesses | None:

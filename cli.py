@@ -96,6 +96,12 @@ def compile_(
         Path | None,
         typer.Option(metavar="FILE", help="its trials; a killed search goes on from them [default: OUT.journal]"),
     ] = None,
+    tune: Annotated[
+        bool, typer.Option("--tune", help="measure here which ops are faster in float, and leave those in float")
+    ] = False,
+    allow_slower: Annotated[
+        bool, typer.Option("--allow-slower", help="keep a quantized model that is slower than the float model")
+    ] = False,
     seed: Seed = 0,
     threads: Threads = 1,
     dump: Dump = None,
@@ -111,7 +117,7 @@ def compile_(
     load_plugins(plugin or [])
     request = Request(
         model, data, eval_data, weights, input_size, preprocess, samples, target, prune, recipe, pipeline, max_drop,
-        search_seconds, search_trials, journal, seed, threads, dump, output,
+        search_seconds, search_trials, journal, tune, allow_slower, seed, threads, dump, output,
     )  # fmt: skip
     return compile_model(request, as_json)
 

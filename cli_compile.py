@@ -39,6 +39,8 @@ class Request:
     search_seconds: float | None = None
     search_trials: int | None = None
     journal: Path | None = None
+    tune: bool = False
+    allow_slower: bool = False
     seed: int = 0
     threads: int = 1
     dump: Path | None = None
@@ -74,6 +76,8 @@ def compile_model(request: Request, as_json: bool) -> int:
             search_seconds=request.search_seconds,
             search_trials=request.search_trials,
             journal=request.journal,
+            tune=request.tune,
+            allow_slower=request.allow_slower,
             output=request.output,
             seed=request.seed,
             threads=request.threads,

@@ -10,12 +10,8 @@ from __future__ import annotations
 
 import dataclasses
 import math
-import time
 import zlib
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass, field
-from pathlib import Path
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -26,93 +22,35 @@ from torch import fx
 from .allowance import Allowance, Settled, drop_promise, judge_both, judge_float, runtime_judge, settle
 from .allowance_report import as_json, describe
 from .backends.coverage import Coverage, float_reasons, measure_coverage
-from .backends.onnx.lower import lower
 from .frontend.batches import Batches
 from .frontend.cost import count_macs, op_name
-from .frontend.preprocess import Preprocess
-from .frontend.program import Program, StageRecord, layer_name, module_path
-from .passes.base import VALUES, Context, Pass, Processes
+from .frontend.program import Program, layer_name, module_path
+from .passes.base import VALUES, Context, Pass
 from .passes.manager import PassManager, run_passes
-from .passes.memory import peak_memory
 from .passes.pipeline import parse_pipeline, print_pipeline
 from .passes.prune.groups import find_pinned
 from .passes.prune.plan import PruningPlan
 from .passes.prune.rules.table import analyze
 from .passes.quantize.annotate import named_nodes
-from .passes.quantize.placement.fallback import Budget
 from .passes.quantize.spec import KEPT_REASON, Target
+from .placing import Placing, Timed, lower_and_time, speed_promise, tuning_json
 from .runtime.artifact import Artifact
-from .runtime.benchmark import Timing, compare_latency
 from .runtime.elsewhere import judge_elsewhere
 from .runtime.evaluate import Evaluate, Metric
-from .runtime.feed import example_tensors, leaves, take
+from .runtime.feed import example_tensors, leaves
 from .runtime.latency import MeasuredLatencies, cache_folder
 from .runtime.manifest import Manifest
 from .runtime.report.build import Figures, Findings, Promise, build_report
 from .runtime.report.environment import installed
-from .runtime.session import Session, make_session
+from .runtime.session import Session
 from .runtime.verify import LayerParity, LayerRow, Parity, check_layers, check_parity, layer_table
+from .settings import Compiled, Progress, Settings, Stages, first_quantizer, judges_speed
 
 FLOAT_PIPELINE = "cleanup,canonicalize,fuse-batchnorm"
-# From the first of these on, layers are compared with the program as it was before.
-QUANTIZERS = ("quantize", "annotate", "observe", "calibrate")
 # What has no part in how fast the result is.
 _SPEEDLESS = ("prune", "verify-pruning", "recover")
 _JUDGED_EXAMPLES = 8
 _SQNR_LIMIT = 200.0
-
-Progress = Callable[[str, int, int | None], None]
-
-
-@dataclass(frozen=True)
-class Settings:
-    """What a user decided, resolved."""
-
-    name: str
-    target: Target
-    passes: Sequence[Pass]
-    seed: int = 0
-    threads: int = 1
-    max_drop: float | None = None
-    search: Budget = field(default_factory=Budget)
-    journal: Path | None = None
-    preprocess: Preprocess | None = None
-    labels: tuple[str, ...] = ()
-    dump: Path | None = None
-    progress: Progress | None = None
-    processes: Processes | None = None
-
-
-@dataclass
-class Stages:
-    """Times every step and tells the progress display."""
-
-    progress: Progress | None = None
-    records: list[StageRecord] = field(default_factory=list)
-
-    @contextmanager
-    def step(self, name: str) -> Iterator[StageRecord]:
-        """Measure a block as one stage; the block may add notes to the record."""
-        self.tell(name)
-        record, start = StageRecord(name), time.perf_counter()
-        with peak_memory() as memory:
-            yield record
-        record.seconds, record.peak_rss_mb = time.perf_counter() - start, memory.megabytes
-        self.records.append(record)
-
-    def tell(self, name: str) -> None:
-        """Say what is being done now."""
-        if self.progress:
-            self.progress(name, 0, None)
-
-
-@dataclass(frozen=True)
-class Compiled:
-    """The program at its stages: `floating` just before quantization (None where nothing is quantized), `final`."""
-
-    floating: Program | None
-    final: Program
-    plan: PruningPlan | None
 
 
 def compile_program(
@@ -125,13 +63,17 @@ def compile_program(
     plan: PruningPlan | None = None,
 ) -> Artifact:
     """All steps from a captured program to an Artifact. `reference` is the float model to compare with."""
-    compiled = transform(program, settings, stages, batches, evaluate)
-    compiled, settings, settled = settle_drop(compiled, program, reference, settings, stages, batches, evaluate)
-    with stages.step("lower"):
-        float_program = run_passes(reference, FLOAT_PIPELINE)
-        float_model, model = lower(float_program), lower(compiled.final)
-    float_session, session = (make_session(m, threads=settings.threads) for m in (float_model, model))
     real = judged_inputs(reference, batches)
+    context = Context(settings.target, batches, evaluate, settings.seed, settings.progress)
+    placing = Placing(context, real, settings.threads, settings.tune_seconds, judges_speed(settings))
+    compiled = transform(program, settings, stages, batches, evaluate, placing if settings.tune else None)
+    settings = dataclasses.replace(settings, passes=compiled.passes)
+    compiled, settings, settled = settle_drop(compiled, program, reference, settings, stages, batches, evaluate)
+    known = settled.metrics if settled else None
+    fast, timed = lower_and_keep_speed(compiled, reference, settings, stages, context, placing)
+    if fast is not compiled:
+        compiled, known = fast, (known[0], None) if known else None
+    float_model, model, session, timing = timed.float_model, timed.model, timed.session, timed.timing
     with stages.step("verify"):
         reference_parity = check_parity(reference, float_model, real_inputs=real, seed=settings.seed)
         parity = check_parity(compiled.final, model, real_inputs=real, seed=settings.seed)
@@ -143,13 +85,11 @@ def compile_program(
             elsewhere = judge_elsewhere(compiled.final, float_model, model, real, settings.target)
             record.notes += elsewhere.notes if elsewhere else []
     with stages.step("evaluate"):
-        metrics = judge_both(evaluate, reference, compiled.final, session, settled.metrics if settled else None)
-    with stages.step("benchmark"):
-        timing = time_models(float_session, session, reference)
+        metrics = judge_both(evaluate, reference, compiled.final, session, known)
     findings = Findings(
         name=settings.name,
         target=settings.target.name,
-        pipeline=print_pipeline(settings.passes),
+        pipeline=print_pipeline(compiled.passes),
         seed=settings.seed,
         threads=settings.threads,
         stages=stages.records,
@@ -169,9 +109,11 @@ def compile_program(
             reference_promise(reference_parity),
             parity_promise(compiled, parity, layer_parity),
             *(elsewhere.promises if elsewhere else []),
+            *([speed_promise(timed)] if placing.promised else []),
             *drop_promise(metrics, settings.max_drop),
         ],
         fallback=as_json(settled.outcome) if settled and settled.outcome else None,
+        tuning=tuning_json(placing.tuning),
     )
     report = build_report(findings)
     return Artifact(model, report, manifest_of(compiled.final, settings, report), float_model)
@@ -181,9 +123,14 @@ def compile_program(
 
 
 def transform(
-    program: Program, settings: Settings, stages: Stages, batches: Batches | None, evaluate: Evaluate | None
+    program: Program,
+    settings: Settings,
+    stages: Stages,
+    batches: Batches | None,
+    evaluate: Evaluate | None,
+    placing: Placing | None = None,
 ) -> Compiled:
-    """Run the pipeline, keeping the program as it was just before quantization."""
+    """Run the pipeline, keeping the program as it was just before quantization. `placing` tunes what follows."""
     passes = list(settings.passes)
     clock = latency_clock(passes, settings.target, settings.threads, settings.progress)
     context = Context(settings.target, batches, evaluate, settings.seed, settings.progress, latencies=clock)
@@ -197,9 +144,39 @@ def transform(
         return manager.run(before, context)
 
     floating = run(passes[:cut], program, 0)
-    final = run(passes[cut:], floating, cut) if cut < len(passes) else floating
+    stages.records += floating.log[known:]
+    known = len(floating.log)
+    tail = passes[cut:]
+    if placing is not None and tail:
+        with stages.step("tune") as record:
+            tail = placing.tuned(floating, tail, record)
+    final = run(tail, floating, cut) if tail else floating
     stages.records += final.log[known:]
-    return Compiled(floating if cut < len(passes) else None, final, context.results.get("prune"))
+    plan = context.results.get("prune")
+    return Compiled(floating if tail else None, final, plan, (*passes[:cut], *tail))
+
+
+def lower_and_keep_speed(
+    compiled: Compiled, reference: Program, settings: Settings, stages: Stages, context: Context, placing: Placing
+) -> tuple[Compiled, Timed]:
+    """Lower and time the model; where it is slower than float, place it anew."""
+    with stages.step("lower"):
+        float_program = run_passes(reference, FLOAT_PIPELINE)
+        timed = lower_and_time(float_program, compiled.final, reference, settings.threads)
+    if compiled.floating is None or not placing.promised or not timed.slower or settings.processes is not None:
+        return compiled, timed
+    floating, cut = compiled.floating, first_quantizer(compiled.passes)
+    made = [compiled.final]
+
+    def make(tail: list[Pass]) -> Timed:
+        made.append(PassManager(tail, on_stage=stages.tell).run(floating, context) if tail else floating)
+        return lower_and_time(float_program, made[-1], reference, settings.threads)
+
+    with stages.step("not-slower") as record:
+        tail, timed = placing.not_slower(floating, compiled.passes[cut:], timed, record, make)
+    stages.records += made[-1].log[len(floating.log) :]
+    passes = (*compiled.passes[:cut], *tail)
+    return Compiled(floating if tail else None, made[-1], compiled.plan, passes), timed
 
 
 def settle_drop(
@@ -228,13 +205,9 @@ def settle_drop(
     dump = settings.dump / "max-drop" if settings.dump else None
     again = dataclasses.replace(settings, passes=settled.passes, dump=dump)
     found = transform(compiled.floating, again, stages, batches, evaluate)
-    passes = [*settings.passes[:cut], *settled.passes]
-    return dataclasses.replace(found, plan=compiled.plan), dataclasses.replace(settings, passes=passes), settled
-
-
-def first_quantizer(passes: Sequence[Pass]) -> int:
-    """Where quantization begins in a pipeline; its length where it does not."""
-    return next((i for i, p in enumerate(passes) if p.name in QUANTIZERS), len(passes))
+    passes = (*settings.passes[:cut], *settled.passes)
+    found = dataclasses.replace(found, plan=compiled.plan, passes=passes)
+    return found, dataclasses.replace(settings, passes=passes), settled
 
 
 def latency_clock(
@@ -339,10 +312,6 @@ def parity_promise(compiled: Compiled, parity: Parity, layers: LayerParity | Non
 # -- worth and cost -----------------------------------------------------------------------------------------------
 
 
-def time_models(float_session: Session, session: Session, program: Program) -> Timing:
-    """Both models on the same single example (on the whole example batch where the batch is fixed)."""
-    single = tuple(x.contiguous().numpy() for x in take(program, example_tensors(program), 1))
-    return compare_latency(float_session, session, single)
 
 
 def figures(

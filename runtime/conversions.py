@@ -72,7 +72,7 @@ def _alone(shape: tuple[int, ...]) -> onnx.ModelProto:
         helper.make_node("QuantizeLinear", ["x", "scale", "zero"], ["q"]),
         helper.make_node("DequantizeLinear", ["y", "scale", "zero"], ["d"]),
     ]
-    inputs = [("x", TensorProto.FLOAT), ("y", TensorProto.UINT8)]
+    inputs: list[tuple[str, int]] = [("x", TensorProto.FLOAT), ("y", TensorProto.UINT8)]
     return _model(nodes, inputs, [("q", TensorProto.UINT8), ("d", TensorProto.FLOAT)], shape, {})
 
 
@@ -91,9 +91,9 @@ def _between_convolutions(shape: tuple[int, ...]) -> onnx.ModelProto:
         ]
         value = f"{step}_q"
     kernel = (channels, 1, 1, 1)
-    weights = {
+    weights: dict[str, np.ndarray] = {
         "weight": np.full(kernel, 64, np.int8),
-        "none": np.int8(0),
+        "none": np.array(0, np.int8),
         "float_weight": np.full(kernel, 0.5, np.float32),
         "scales": np.full(channels, 0.02, np.float32),
         "zeros": np.full(channels, 128, np.uint8),
@@ -108,12 +108,12 @@ def _model(
     shape: tuple[int, ...],
     weights: dict[str, np.ndarray],
 ) -> onnx.ModelProto:
-    constants = {"scale": np.float32(0.02), "zero": np.uint8(128), **weights}
+    constants: dict[str, np.ndarray] = {"scale": np.array(0.02, np.float32), "zero": np.array(128, np.uint8), **weights}
     graph = helper.make_graph(
         nodes,
         "conversion",
         [helper.make_tensor_value_info(name, dtype, shape) for name, dtype in inputs],
         [helper.make_tensor_value_info(name, dtype, shape) for name, dtype in outputs],
-        [numpy_helper.from_array(np.asarray(v), k) for k, v in constants.items()],
+        [numpy_helper.from_array(v, k) for k, v in constants.items()],
     )
     return helper.make_model(graph, ir_version=_IR_VERSION, opset_imports=[helper.make_opsetid("", _OPSET)])

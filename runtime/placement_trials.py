@@ -21,7 +21,7 @@ from .benchmark import Timing, compare_latency
 from .feed import example_tensors, examples, take
 from .session import Session, make_session
 
-_LIMIT = 200.0  # dB
+EXACT_DB = 200.0  # what SQNR is held to where there is no error
 
 
 @dataclass(frozen=True)
@@ -118,14 +118,17 @@ class TrialBench:
                     signal += float(np.square(a.astype(np.float64)).sum())
                     error += float(np.square(a.astype(np.float64) - b).sum())
         if error == 0:
-            return _LIMIT
-        return min(10 * math.log10(max(signal, 1e-300) / error), _LIMIT)
+            return EXACT_DB
+        return min(10 * math.log10(max(signal, 1e-300) / error), EXACT_DB)
 
 
 def placed(passes: Sequence[Pass], placement: Placement) -> list[Pass]:
     """The passes with the placement written into the one that decides what is quantized."""
-    options = {"keep_float": placement.keep_float, "forms": placement.forms}
-    return [dataclasses.replace(p, **options) if isinstance(p, (Quantize, Annotate)) else p for p in passes]
+    keep, forms = placement.keep_float, placement.forms
+    return [
+        dataclasses.replace(p, keep_float=keep, forms=forms) if isinstance(p, (Quantize, Annotate)) else p
+        for p in passes
+    ]
 
 
 def deciding(passes: Sequence[Pass]) -> Annotate:

@@ -35,7 +35,7 @@ from ..passes.quantize.spec import Target
 from ..passes.rewrite import argument, argument_names
 from .atom_costs import PartClock, measure_problem
 from .latency import LatencyTable, environment_key
-from .placement_trials import Placement, Trial, TrialBench, deciding
+from .placement_trials import EXACT_DB, Placement, Trial, TrialBench, deciding
 
 _WORTH = 0.01  # a gain below this is not told from none
 _LOSS_DB = 1.0  # how much less faithful than all integer a placement may be
@@ -246,7 +246,7 @@ class _Search:
         best = start if best.speed < start.speed * (1 + _WORTH) else best
         if best.high < 1:
             nothing = Placement("all float", (), (), frozenset())
-            best = Trial(nothing, 1.0, 1.0, 1.0, best.milliseconds * best.speed, float("inf"))
+            best = Trial(nothing, 1.0, 1.0, 1.0, best.milliseconds * best.speed, EXACT_DB)
         return best
 
     # -- trials ------------------------------------------------------------------------------------------------------

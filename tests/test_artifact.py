@@ -55,6 +55,8 @@ SCHEMA = {
         "pinned": [{"size": int, "reason": str, "source": (str, type(None))}],
     },
     "promises": [{"name": str, "kept": bool, "detail": str}],
+    "fallback": (dict, type(None)),
+    "tuning": (dict, type(None)),
     "environment": {
         "fxpress": str, "python": str, "torch": str, "onnx": str, "onnxruntime": str, "cpu": str, "threads": int,
     },

@@ -61,6 +61,7 @@ class Findings:
     compressed: tuple[int, int] | None = None  # bytes of both files after zlib, where single weights were pruned
     promises: list[Promise] = field(default_factory=list)
     fallback: dict[str, Any] | None = None  # the search for what to leave in float, where there was one
+    tuning: dict[str, Any] | None = None  # the search for the fastest placement, where there was one
 
 
 def build_report(f: Findings) -> dict[str, Any]:
@@ -83,6 +84,7 @@ def build_report(f: Findings) -> dict[str, Any]:
         "pruning": _pruning(f.plan, f.pinned, f.compressed),
         "promises": [dataclasses.asdict(p) for p in f.promises],
         "fallback": f.fallback,
+        "tuning": f.tuning,
         "environment": describe_environment(f.threads),
     }
 

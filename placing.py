@@ -1,0 +1,175 @@
+"""The speed of a compilation: measured placement where it is asked for, and never slower than float.
+
+`tune` asks which ops to leave in float before anything is quantized. Whether it was asked for or not, the finished
+model is timed against the float model; where it is slower, it is tuned, and where that does not help it stays in float.
+The outcome is a pipeline that makes the model without measuring anything.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import onnx
+import torch
+
+from .backends.onnx.lower import lower
+from .errors import QuantizationError
+from .frontend.program import Program, StageRecord
+from .passes.base import Context, Pass
+from .passes.quantize.spec import Target
+from .runtime.benchmark import Timing, compare_latency
+from .runtime.feed import example_tensors, take
+from .runtime.latency import cache_folder
+from .runtime.placement_trials import placed
+from .runtime.report.build import Promise
+from .runtime.session import Session, make_session
+from .runtime.tuning import Trial, Tuning, tune
+
+# Less than what a call of the runtime from Python costs besides its kernels: no reason to change a model.
+LEAST_MS = 0.02
+_HERE = "ONNX Runtime, here"
+
+
+@dataclass(frozen=True)
+class Timed:
+    """The float model and the compiled one, loaded and timed against each other."""
+
+    float_model: onnx.ModelProto
+    model: onnx.ModelProto
+    float_session: Session
+    session: Session
+    timing: Timing
+
+    @property
+    def slower(self) -> bool:
+        """Is the compiled model slower, beyond the noise of the measurement and by more than a trifle?"""
+        timing = self.timing
+        return timing.high < 1 and timing.second_ms - timing.first_ms > LEAST_MS
+
+
+def lower_and_time(float_program: Program, final: Program, reference: Program, threads: int) -> Timed:
+    """Both as ONNX, and their latencies on one example."""
+    float_model, model = lower(float_program), lower(final)
+    float_session, session = make_session(float_model, threads=threads), make_session(model, threads=threads)
+    return Timed(float_model, model, float_session, session, time_models(float_session, session, reference, threads))
+
+
+def time_models(float_session: Session, session: Session, program: Program, threads: int = 1) -> Timing:
+    """Both models on the same single example (on the whole example batch where the batch is fixed).
+
+    One thread is judged by the processor time that it takes: what else runs on the machine is no part of the model.
+    """
+    single = tuple(x.contiguous().numpy() for x in take(program, example_tensors(program), 1))
+    clock = time.thread_time if threads == 1 else time.perf_counter
+    return compare_latency(float_session, session, single, clock=clock)
+
+
+@dataclass
+class Placing:
+    """What is decided about speed in one compilation. `promised`: the model is not to be slower than float; `tuning`:
+    the search, where there was one."""
+
+    context: Context
+    samples: tuple[torch.Tensor, ...]
+    threads: int = 1
+    seconds: float = 60.0
+    promised: bool = True
+    tuning: Tuning | None = None
+
+    def tuned(self, floating: Program, tail: Sequence[Pass], record: StageRecord) -> list[Pass]:
+        """The passes from quantization on with the fastest placement; none where float is the fastest."""
+        self.tuning = tune(
+            floating,
+            tail,
+            self.context,
+            self.samples,
+            threads=self.threads,
+            cache=cache_folder(),
+            seconds=self.seconds,
+            tell=self.context.progress,
+        )
+        record.notes += self.tuning.notes
+        best = self.tuning.best.placement
+        if best == self.tuning.integer.placement:
+            return list(tail)
+        return placed(tail, best) if best.integers else []
+
+    def not_slower(
+        self,
+        floating: Program,
+        tail: Sequence[Pass],
+        timed: Timed,
+        record: StageRecord,
+        make: Callable[[list[Pass]], Timed],
+    ) -> tuple[list[Pass], Timed]:
+        """Other passes from quantization on, with which the model is not slower than float, and that model; the same
+        where it is not slower now. `make` runs passes on `floating` and times the result."""
+        if not timed.slower:
+            return list(tail), timed
+        record.notes.append(f"{_speed(timed)}: slower than float")
+        if self.tuning is None:
+            tail = self._try_tuning(floating, tail, record)
+            timed = make(list(tail))
+        if tail and timed.slower:
+            record.notes.append(f"{_speed(timed)}: slower than float all the same; the model stays in float")
+            tail, timed = [], make([])
+        if not tail:
+            record.notes.append("nothing is on integers: this is what the recipe `float` makes")
+        record.changes = 1
+        return list(tail), timed
+
+    def _try_tuning(self, floating: Program, tail: Sequence[Pass], record: StageRecord) -> list[Pass]:
+        try:
+            return self.tuned(floating, tail, record)
+        except QuantizationError as error:
+            record.notes.append(f"it cannot be tuned: {error.message}")
+            return []
+
+
+def runs_here(target: Target) -> bool:
+    """Do models for the target run in ONNX Runtime on this machine, so that what is measured says something?"""
+    return target.runtime == "onnxruntime" and target.run.startswith(_HERE)
+
+
+def speed_promise(timed: Timed) -> Promise:
+    """The compiled model is not slower than the float model."""
+    trifle = timed.timing.high < 1 and not timed.slower
+    extra = f"; a difference of less than {LEAST_MS} ms a call is let pass" if trifle else ""
+    return Promise("not-slower", not timed.slower, _speed(timed) + extra)
+
+
+def tuning_json(tuning: Tuning | None) -> dict[str, Any] | None:
+    """A search for the report, as plain JSON values."""
+    if tuning is None:
+        return None
+    return {
+        "placement": tuning.best.placement.name,
+        "before": _trial_json(tuning.integer),
+        "after": _trial_json(tuning.best),
+        "seconds": round(tuning.seconds, 1),
+        "measured": tuning.measured,
+        "trials": [_trial_json(t) for t in tuning.trials],
+    }
+
+
+def _trial_json(trial: Trial) -> dict[str, Any]:
+    values = dataclasses.asdict(trial)
+    del values["placement"]
+    return {
+        "name": trial.placement.name,
+        "keep_float": list(trial.placement.keep_float),
+        "forms": list(trial.placement.forms),
+        **values,
+    }
+
+
+def _speed(timed: Timed) -> str:
+    timing = timed.timing
+    return (
+        f"{timing.second_ms:.3f} ms against {timing.first_ms:.3f} ms in float, {timing.ratio:.2f}x "
+        f"({timing.low:.2f} to {timing.high:.2f} with 95 % confidence)"
+    )
