@@ -22,6 +22,7 @@ from pathlib import Path
 import onnx
 import torch
 from torch import nn
+from zoo_models import declare_operators
 
 import fxpress
 from fxpress.backends.coverage import measure_coverage
@@ -101,6 +102,7 @@ class Text(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
+        declare_operators()  # which transformers asks of torchvision
         from transformers import BertConfig, BertModel
 
         self.model = BertModel(BertConfig(attn_implementation="sdpa"), add_pooling_layer=False)

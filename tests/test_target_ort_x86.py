@@ -155,6 +155,12 @@ INTEGER = {
         ("Pad", *FLOAT_CONVS),
     ),
     "silu": (Between(nn.SiLU()), {"QLinearSigmoid": 1, "QLinearMul": 1}, ("Sigmoid", "QuickGelu", *FLOAT_CONVS)),
+    "hardswish": (
+        Between(nn.Hardswish()),
+        {"QLinearLeakyRelu": 1, "QLinearMul": 1},
+        ("HardSigmoid", "HardSwish", "Mul", *FLOAT_CONVS),
+    ),
+    "hardsigmoid": (Between(nn.Hardsigmoid()), {"QLinearLeakyRelu": 1}, ("HardSigmoid", *FLOAT_CONVS)),
     "squeeze and excite": (
         ChannelGate(),
         {"QLinearConv": 4, "QLinearMul": 1, "QLinearSigmoid": 1},
@@ -186,7 +192,6 @@ FLOAT = {
         "without borders",
     ),
     "softmax": (Between(nn.Softmax(1)), "Softmax", "7 times slower"),
-    "hardswish": (Between(nn.Hardswish()), "HardSwish|HardSigmoid", "no integer kernel"),
     "gelu": (Between(nn.GELU()), "Gelu", "no integer kernel"),
     "tanh": (Between(nn.Tanh()), "Tanh", "no integer kernel"),
     "transposed conv": (Between(nn.ConvTranspose2d(8, 8, 2, stride=2)), "ConvTranspose", "no integer ConvTranspose"),
@@ -274,6 +279,17 @@ def test_attention_on_integers_is_a_form_that_is_off(options):
     assert measure_coverage(model).integer_macs == 1.0
     layers = check_layers(quantized, (torch.randn(3, 8, 12, 12),))
     assert layers.max_steps <= 1
+
+
+def test_hardswish_saturates_where_the_function_does():
+    """The table of 256 numbers against the function itself, and the form turned off."""
+    module = Between(nn.Hardswish())
+    quantized, _ = compiled(module, pipeline=f"{PIPELINE}{{ranges=minmax}}")
+    floating, model = compiled(module, pipeline=f"{PIPELINE}{{ranges=minmax,forms=[-hardswish]}}")
+    assert "HardSigmoid" in operators(model)
+    x = torch.randn(4, 8, 12, 12)
+    a, b = quantized(x), floating(x)
+    assert 10 * torch.log10(b.square().sum() / (a - b).square().sum()) > 35
 
 
 def test_forms_that_do_not_exist_or_change_nothing_are_refused():

@@ -18,11 +18,12 @@ from .ort_x86 import TARGET as X86
 
 def _signed(row: Row) -> Row:
     """A row whose known range is stored in int8; a resize has no int8 kernel in PyTorch, so it is written in a pair."""
-    fixed = row.fixed
-    if fixed is not None and fixed.dtype is torch.uint8:
-        fixed = QuantParams(fixed.scale, fixed.zero_point - 128, torch.int8)
+    fixed, stored = (
+        QuantParams(p.scale, p.zero_point - 128, torch.int8) if p is not None and p.dtype is torch.uint8 else p
+        for p in (row.fixed, row.stored)
+    )
     resizes = any("upsample" in op for op in row.ops)
-    return dataclasses.replace(row, fixed=fixed, in_pairs=row.in_pairs or resizes)
+    return dataclasses.replace(row, fixed=fixed, stored=stored, in_pairs=row.in_pairs or resizes)
 
 
 TARGET: Target = dataclasses.replace(

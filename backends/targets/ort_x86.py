@@ -21,10 +21,14 @@ from ...passes.quantize.conditions import (
     two_tensors,
     whole_multiple,
 )
-from ...passes.quantize.spec import NumberFormat, QuantParams, Row, Target
+from ...passes.quantize.spec import NumberFormat, QuantParams, Row, Target, as_float32
 
 # sigmoid gives values in (0, 1): 256 steps of 1/256.
 _UNIT = QuantParams(1.0 / 256.0, 0, torch.uint8)
+# hardsigmoid(x) = clamp(x / 6 + 1/2, 0, 1): x in steps of 6/254 with 127 for zero saturates where the function does
+# (the topmost integer stands for 255/254). Steps of 6/255 would end at 1, and be half a step off in all of the middle.
+_RAMP_INPUT = QuantParams(as_float32(6.0 / 254.0), 127, torch.uint8)
+_RAMP = QuantParams(as_float32(1.0 / 254.0), 0, torch.uint8)
 
 TARGET = Target(
     name="ort-x86",
@@ -42,6 +46,7 @@ TARGET = Target(
     ),
     expand=(
         "aten.silu.default",
+        "aten.hardswish.default",
         "aten.avg_pool2d.default",
         "aten.linear.default",
         "aten.addmm.default",
@@ -89,6 +94,15 @@ TARGET = Target(
         Row(("aten.adaptive_avg_pool2d.default", "aten.mean.dim"), "arithmetic", ("self",), (floating, global_pool)),
         Row(("aten.leaky_relu.default",), "arithmetic", ("self",), (floating,)),
         Row(("aten.sigmoid.default",), "fixed", ("self",), (floating,), fixed=_UNIT),
+        Row(
+            ("aten.hardsigmoid.default",),
+            "fixed",
+            ("self",),
+            (floating,),
+            fixed=_RAMP,
+            stored=_RAMP_INPUT,
+            form="hardswish",
+        ),
         # These run on 8 bit directly: the output has the scale of the input.
         Row(("aten.max_pool2d.default",), "move", ("self",), (floating, four_dimensional)),
         Row(
@@ -139,8 +153,6 @@ TARGET = Target(
         ),
         Row(
             (
-                "aten.hardswish.default",
-                "aten.hardsigmoid.default",
                 "aten.tanh.default",
                 "aten.gelu.default",
                 "aten.layer_norm.default",

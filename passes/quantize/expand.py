@@ -1,6 +1,7 @@
 """Write ops that a target has no integer kernel for as ops that it has (`Target.expand` names which).
 
     silu(x)              x * sigmoid(x)                                        behind an integer op
+    hardswish(x)         x * hardsigmoid(x)                                    behind an integer op
     avg_pool2d(x)        a depthwise convolution with weights 1 / window        behind an integer op
     addmm(b, x, W)       linear(x, W^T, b)                                     where W and b are parameters
     linear(x[..., K])    reshape to [tokens, K], linear, reshape back           anywhere: its row is for matrices
@@ -83,6 +84,11 @@ def _follows_integers(node: fx.Node, target: Target) -> bool:
 
 def _silu(program: Program, node: fx.Node) -> fx.Node:
     gate = call_before(node, aten.sigmoid.default, node.args[0])
+    return call_before(node, aten.mul.Tensor, node.args[0], gate)
+
+
+def _hardswish(program: Program, node: fx.Node) -> fx.Node:
+    gate = call_before(node, aten.hardsigmoid.default, node.args[0])
     return call_before(node, aten.mul.Tensor, node.args[0], gate)
 
 
@@ -180,6 +186,7 @@ class Expansion:
 
 EXPANSIONS: dict[str, Expansion] = {
     "aten.silu.default": Expansion(_silu, behind_integers=True),
+    "aten.hardswish.default": Expansion(_hardswish, behind_integers=True, form="hardswish"),
     "aten.avg_pool2d.default": Expansion(_average_pool, behind_integers=True),
     "aten.addmm.default": Expansion(_addmm),
     "aten.linear.default": Expansion(_tokens),

@@ -119,6 +119,8 @@ class Row:
     `when` may decline with a reason; `operands` are the argument names that hold activations; `float_output` says that
     the output may stay float (an integer kernel with float output exists), and with `offers` it is quantized also for
     ops that are no layers; `fixed` is the output's known range.
+    `stored`: the op is a line cut off at both ends, whose input, stored with these parameters, is its output with those
+    of `fixed`: the same integers.
     `in_pairs`: a move is computed between a dequantize and a quantize of the same scale, not on integers themselves.
     `activation` and `weight` are the formats of this row's tensors where they are not the target's own.
     `joins`: an addend that comes straight from a layer is not quantized, since the layer's kernel does the addition.
@@ -138,6 +140,7 @@ class Row:
     float_output: bool = False
     offers: bool = False
     fixed: QuantParams | None = None
+    stored: QuantParams | None = None
     in_pairs: bool = False
     activation: NumberFormat | None = None
     weight: NumberFormat | None = None
@@ -222,7 +225,8 @@ class Target:
         """(why the node is computed in float here, what would change it), for people."""
         rows = [(r, r.declines(node)) for r in self.rows_about(node)]
         for row in (r for r, declined in rows if declined is None and r.is_off(node)):
-            return row.reason, row.hint or f"quantize{{forms=[{row.form}]}}, or use_integer with its name"
+            hint = row.hint or f"quantize{{forms=[{row.form}]}}, or use_integer with its name"
+            return row.reason or "its form is turned off", hint
         for row in (r for r, declined in rows if declined is None and r.kind == "float"):
             return row.reason, row.hint or _OTHER_TARGET
         declined = [d for _, d in rows if d]
