@@ -121,7 +121,7 @@ def compile(
         check_output(output)
     stages = Stages(progress)
     with stages.step("capture"):
-        program = as_program(module, args, kwargs)
+        program = as_program(module, args, kwargs, share_weights=True)
         check_program_finite(program)
     batches = _checked_calibration(program, calibration, stages)
     artifact = compile_program(program, reference or program, settings, stages, batches, evaluate, plan)
@@ -173,7 +173,10 @@ def to_onnx(program: Program, target: str = "ort-x86", opset: int = 21) -> onnx.
 
 
 def as_program(
-    module: torch.nn.Module | Program, args: tuple[Any, ...] | torch.Tensor | None, kwargs: dict[str, Any] | None = None
+    module: torch.nn.Module | Program,
+    args: tuple[Any, ...] | torch.Tensor | None,
+    kwargs: dict[str, Any] | None = None,
+    share_weights: bool = False,
 ) -> Program:
     """Capture a module; a Program is taken as it is, and example inputs beside it are refused."""
     if isinstance(module, Program):
@@ -182,7 +185,7 @@ def as_program(
         return module
     if args is None:
         raise OptionError("a module needs example inputs", hint="for example args=(torch.randn(2, 3, 224, 224),)")
-    return capture(module, args, kwargs)
+    return capture(module, args, kwargs, share_weights=share_weights)
 
 
 def _checked_calibration(program: Program, calibration: Iterable[Any] | None, stages: Stages) -> Batches | None:

@@ -22,11 +22,11 @@ from torch import fx
 from .allowance import Allowance, Settled, drop_promise, judge_both, judge_float, runtime_judge, settle
 from .allowance_report import as_json, describe
 from .backends.coverage import Coverage, float_reasons, measure_coverage
-from .frontend.batches import Batches
+from .frontend.batches import Batches, examples_in
 from .frontend.cost import count_macs, op_name
 from .frontend.program import Program, layer_name, module_path
 from .passes.base import VALUES, Context, Pass
-from .passes.manager import PassManager, run_passes
+from .passes.manager import PassManager
 from .passes.pipeline import parse_pipeline, print_pipeline
 from .passes.prune.groups import find_pinned
 from .passes.prune.plan import PruningPlan
@@ -50,6 +50,7 @@ FLOAT_PIPELINE = "cleanup,canonicalize,fuse-batchnorm"
 # What has no part in how fast the result is.
 _SPEEDLESS = ("prune", "verify-pruning", "recover")
 _JUDGED_EXAMPLES = 8
+_LEAST_EXAMPLES, _LAYER_MACS = 2, 8e9  # layers are judged on that many examples, or that many MACs
 _SQNR_LIMIT = 200.0
 
 
@@ -70,13 +71,13 @@ def compile_program(
     settings = dataclasses.replace(settings, passes=compiled.passes)
     compiled, settings, settled = settle_drop(compiled, program, reference, settings, stages, batches, evaluate)
     known = settled.metrics if settled else None
-    fast, timed = lower_and_keep_speed(compiled, reference, settings, stages, context, placing)
+    fast, timed = lower_and_keep_speed(compiled, program, reference, settings, stages, context, placing)
     if fast is not compiled:
         compiled, known = fast, (known[0], None) if known else None
     float_model, model, session, timing = timed.float_model, timed.model, timed.session, timed.timing
     with stages.step("verify"):
-        reference_parity = check_parity(reference, float_model, real_inputs=real, seed=settings.seed)
-        parity = check_parity(compiled.final, model, real_inputs=real, seed=settings.seed)
+        reference_parity = check_parity(reference, timed.float_session, real_inputs=real, seed=settings.seed)
+        parity = check_parity(compiled.final, session, real_inputs=real, seed=settings.seed)
         layer_parity, rows = judge_layers(compiled, real)
         sqnr = output_sqnr(reference, session, real)
     elsewhere = None
@@ -140,7 +141,9 @@ def transform(
 
     def run(part: list[Pass], before: Program, first: int) -> Program:
         repro = settings.dump / "crash.repro" if settings.dump else None
-        manager = PassManager(part, dump=settings.dump, repro=repro, on_stage=stages.tell, first=first)
+        manager = PassManager(
+            part, dump=settings.dump, repro=repro, on_stage=stages.tell, first=first, share_weights=True
+        )
         return manager.run(before, context)
 
     floating = run(passes[:cut], program, 0)
@@ -157,11 +160,17 @@ def transform(
 
 
 def lower_and_keep_speed(
-    compiled: Compiled, reference: Program, settings: Settings, stages: Stages, context: Context, placing: Placing
+    compiled: Compiled,
+    program: Program,
+    reference: Program,
+    settings: Settings,
+    stages: Stages,
+    context: Context,
+    placing: Placing,
 ) -> tuple[Compiled, Timed]:
     """Lower and time the model; where it is slower than float, place it anew."""
     with stages.step("lower"):
-        float_program = run_passes(reference, FLOAT_PIPELINE)
+        float_program = float_form(compiled, program, reference)
         timed = lower_and_time(float_program, compiled.final, reference, settings.threads)
     if compiled.floating is None or not placing.promised or not timed.slower or settings.processes is not None:
         return compiled, timed
@@ -177,6 +186,14 @@ def lower_and_keep_speed(
     stages.records += made[-1].log[len(floating.log) :]
     passes = (*compiled.passes[:cut], *tail)
     return Compiled(floating if tail else None, made[-1], compiled.plan, passes), timed
+
+
+def float_form(compiled: Compiled, program: Program, reference: Program) -> Program:
+    """The reference as float is fastest; the pipeline may have made just that on its way."""
+    before = compiled.passes[: first_quantizer(compiled.passes)]
+    if program is reference and print_pipeline(before) == FLOAT_PIPELINE:
+        return compiled.floating or compiled.final
+    return PassManager(FLOAT_PIPELINE, share_weights=True).run(reference)
 
 
 def settle_drop(
@@ -236,8 +253,15 @@ def judge_layers(compiled: Compiled, real: tuple[torch.Tensor, ...]) -> tuple[La
     """Each quantized layer on its own, and the table of layers; nothing where nothing is quantized."""
     if compiled.floating is None:
         return None, []
-    rows = layer_table(compiled.floating, compiled.final, real)
-    return check_layers(compiled.final, real), named_by_module(rows, compiled.floating)
+    few = layer_inputs(compiled.floating, real)
+    rows = layer_table(compiled.floating, compiled.final, few)
+    return check_layers(compiled.final, few), named_by_module(rows, compiled.floating)
+
+
+def layer_inputs(program: Program, real: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
+    """The examples to judge layers on: the larger a network is, the more values each of them has to compare."""
+    count = max(_LEAST_EXAMPLES, int(_LAYER_MACS / max(count_macs(program), 1)))
+    return take(program, real, min(count, examples_in(real)))
 
 
 def named_by_module(rows: list[LayerRow], program: Program) -> list[LayerRow]:

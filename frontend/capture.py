@@ -37,17 +37,19 @@ def capture(
     args: tuple[Any, ...] | torch.Tensor,
     kwargs: dict[str, Any] | None = None,
     dynamic_batch: bool = True,
+    share_weights: bool = False,
 ) -> Program:
     """Trace `module(*args, **kwargs)` to a Program.
 
     `args` are example inputs; their values only matter for the numeric checks of later passes. With `dynamic_batch`
-    every tensor whose first size equals that of the first tensor shares one symbolic dim "batch".
+    every tensor whose first size equals that of the first tensor shares one symbolic dim "batch". `share_weights` lets
+    the Program read the module's own parameters instead of copies, for those who do not write into them.
     Raises `CaptureError` (what cannot be traced, and where) or `DataError` (inputs that are no inputs).
     """
     args, kwargs = _checked_inputs(module, args, kwargs)
     if dynamic_batch:
         args, kwargs = _with_batch_of_two(args, kwargs)
-    copied = copy.deepcopy(module).eval()
+    copied = copy.deepcopy(module, {id(p): p for p in module.parameters()} if share_weights else None).eval()
     dynamic = _dynamic_shapes(copied, args, kwargs) if dynamic_batch else None
     with _quiet():
         exported = _export(copied, args, kwargs, dynamic)

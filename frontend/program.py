@@ -163,11 +163,16 @@ class Program:
 
     # -- copies and files ---------------------------------------------------------------------------------------
 
-    def copy(self) -> Program:
-        """A deep copy: editing it leaves this one alone."""
+    def copy(self, share_weights: bool = False) -> Program:
+        """A deep copy: editing it leaves this one alone.
+
+        With `share_weights` both hold the same tensors: putting others in their places is seen by one of them only,
+        writing into them by both.
+        """
+        tensors = (*self.graph_module.parameters(), *self.graph_module.buffers()) if share_weights else ()
         with warnings.catch_warnings():  # torch's own tree specs warn about themselves when they are copied
             warnings.simplefilter("ignore", FutureWarning)
-            graph_module = copy.deepcopy(self.graph_module)
+            graph_module = copy.deepcopy(self.graph_module, {id(t): t for t in tensors})
         return Program(
             graph_module, self.example_inputs, self.inputs, self.outputs, copy.deepcopy(self.log)
         )

@@ -83,6 +83,8 @@ class Pass:
     preserves: ClassVar[frozenset[str]] = frozenset()
     # The entries of Context.results that it reads, which earlier passes keep only where they are wanted.
     reads: ClassVar[frozenset[str]] = frozenset()
+    # Does it write into the program's weights (training, in-place arithmetic), or only put others in their places?
+    writes_weights: ClassVar[bool] = True
     # Relative bound on the outputs of a pass that preserves values: max |after - before| / max |before|.
     tolerance: ClassVar[float] = 1e-4
 

@@ -25,6 +25,7 @@ class Canonicalize(Pass):
 
     name = "canonicalize"
     preserves = frozenset({VALUES, INTERFACE})
+    writes_weights = False
     tolerance = 1e-5
 
     def run(self, program: Program, context: Context) -> Change:

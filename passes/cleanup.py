@@ -43,6 +43,7 @@ class Cleanup(Pass):
 
     name = "cleanup"
     preserves = frozenset({VALUES, INTERFACE})
+    writes_weights = False
     tolerance = 1e-6
 
     max_fold_mb: float = 16.0

@@ -49,6 +49,7 @@ class FuseBatchNorm(Pass):
 
     name = "fuse-batchnorm"
     preserves = frozenset({VALUES, INTERFACE})
+    writes_weights = False
 
     keep: bool = False
 

@@ -24,7 +24,7 @@ from ..frontend.program import Program, StageRecord
 from .base import VALUES, Change, Context, Pass
 from .memory import peak_memory
 from .pipeline import parse_pipeline, print_pipeline
-from .verify import check_interface, check_structure, check_values, follow_weights
+from .verify import check_interface, check_structure, check_values, fingerprint, follow_weights
 
 
 @dataclass
@@ -33,7 +33,8 @@ class PassManager:
 
     `dump` is a folder for the graph after each pass, `repro` a file for the reproducer of a failure; `on_stage` is told
     the name of each pass before it starts. `check_numbers=False` leaves out the numeric check (rule 4). `first` is the
-    number of passes that ran before this part of a pipeline, so that the parts dump into one folder.
+    number of passes that ran before this part of a pipeline, so that the parts dump into one folder. With
+    `share_weights` the result may hold tensors of the argument, if no pass writes into weights: it must not be trained.
     """
 
     passes: Sequence[Pass] | str
@@ -42,6 +43,7 @@ class PassManager:
     check_numbers: bool = True
     on_stage: Callable[[str], None] | None = None
     first: int = 0
+    share_weights: bool = False
 
     def __post_init__(self) -> None:
         if isinstance(self.passes, str):
@@ -50,8 +52,8 @@ class PassManager:
     def run(self, program: Program, context: Context | None = None) -> Program:
         """Run all passes on a copy of `program` and return it; each adds a `StageRecord` to its log."""
         context = context or Context()
-        program = program.copy()
-        follow_weights(program)
+        program = program.copy(share_weights=self.share_weights and not any(p.writes_weights for p in self.passes))  # type: ignore[union-attr]
+        stale = follow_weights(program)
         if self.dump and self.first == 0:
             write_dump(self.dump, 0, "input", program, Counter())
         assert not isinstance(self.passes, str)
@@ -61,17 +63,20 @@ class PassManager:
                 self.on_stage(item.name)
             # Values are only compared for passes that promise them; the promise costs a copy and two runs.
             numbers = self.check_numbers and VALUES in item.preserves
-            before = program.copy() if self.repro or numbers else None
+            before = program.copy(share_weights=not item.writes_weights) if self.repro or numbers else None
             try:
-                self._run_one(i, item, program, context, before if numbers else None)
+                self._run_one(i, item, program, context, before if numbers else None, stale and i == 0)
             except Exception as error:
                 self._on_failure(i, before, context, error)
                 raise
         return program
 
-    def _run_one(self, i: int, item: Pass, program: Program, context: Context, before: Program | None) -> None:
-        """Run one pass and check it; its numbers against `before`, where that is given."""
-        ops_before = op_counts(program)
+    def _run_one(
+        self, i: int, item: Pass, program: Program, context: Context, before: Program | None, stale: bool
+    ) -> None:
+        """Run one pass and check it (where it left everything as it was, only if that was `stale`); its numbers against
+        `before`, where that is given."""
+        ops_before, mark = op_counts(program), fingerprint(program)
         shell = Program(program.graph_module, program.example_inputs, program.inputs, program.outputs)
         torch.manual_seed(context.seed)
         start = time.perf_counter()
@@ -82,8 +87,9 @@ class PassManager:
             raise PassError(
                 f"pass {item.name!r} returned {type(change).__name__}", hint="return fxpress.Change(count, notes)"
             )
-        check_structure(program, item.name)
-        check_interface(item, shell, program)
+        if stale or change.count or fingerprint(program) != mark:
+            check_structure(program, item.name)
+            check_interface(item, shell, program)
         if before is not None and change.count:
             check_values(item, before, program)
         program.log.append(StageRecord(item.name, seconds, change.count, change.notes, memory.megabytes))

@@ -45,13 +45,20 @@ def refresh_values(program: Program, who: str = "refresh") -> None:
     propagate.run_nodes([n.meta.get("val") for n in placeholders])
 
 
-def follow_weights(program: Program) -> None:
+def fingerprint(program: Program) -> tuple[Any, ...]:
+    """What differs once a pass has edited a node, or put or written a weight."""
+    nodes = tuple((n.op, n.name, str(n.target), repr(n.args), repr(n.kwargs)) for n in program.graph.nodes)
+    state = (*program.graph_module.named_parameters(), *program.graph_module.named_buffers())
+    return nodes, tuple((name, id(tensor), tensor._version) for name, tensor in state)
+
+
+def follow_weights(program: Program) -> bool:
     """After `graph_module.double()` (or half) the weights have another float dtype than capture saw: inputs and outputs
-    are described anew."""
+    are described anew. Returns whether they were."""
     dtypes = {p.dtype for p in program.parameters() if p.is_floating_point()}
     seen = {v.dtype for v in (n.meta["val"] for n in program.tensor_placeholders()) if v.is_floating_point()}
     if len(dtypes) != 1 or not seen - dtypes:
-        return
+        return False
     (dtype,) = dtypes
     for node in program.tensor_placeholders():
         if node.meta["val"].is_floating_point():
@@ -61,6 +68,7 @@ def follow_weights(program: Program) -> None:
         tuple(dataclasses.replace(i, dtype=dtype_name(dtype)) if i.dtype in old else i for i in infos)
         for infos in (program.inputs, program.outputs)
     )
+    return True
 
 
 def check_interface(item: Pass, before: Program, after: Program) -> None:

@@ -34,6 +34,7 @@ class Annotate(Pass):
 
     name = "annotate"
     preserves = frozenset({VALUES, INTERFACE})
+    writes_weights = False
 
     keep_float: tuple[str, ...] = ()
     forms: tuple[str, ...] = ()
@@ -56,12 +57,13 @@ class Annotate(Pass):
 class Observe(Pass):
     """Put an observer on every tensor that will be quantized.
 
-    `ranges` is the rule by which a range follows from the values; `auto` chooses by measuring. `percentile` (99.99) is
+    `ranges` is the rule by which a range follows from the values; `auto` chooses by measuring. `percentile` (99.999) is
     that of the rule of this name: how many percent of the values each end of the range includes.
     """
 
     name = "observe"
     preserves = frozenset({VALUES, INTERFACE})
+    writes_weights = False
 
     ranges: Ranges = "auto"
     percentile: float | None = None
@@ -78,6 +80,7 @@ class Calibrate(Pass):
 
     name = "calibrate"
     preserves = frozenset({VALUES, INTERFACE})
+    writes_weights = False
 
     def run(self, program: Program, context: Context) -> Change:
         count = calibrate_program(program, _calibration(context), context)
@@ -91,6 +94,7 @@ class Fold(Pass):
 
     name = "fold"
     preserves = frozenset({INTERFACE})
+    writes_weights = False
 
     weights: WeightRanges = "minmax"
 
@@ -111,6 +115,7 @@ class Quantize(Pass):
 
     name = "quantize"
     preserves = frozenset({INTERFACE})
+    writes_weights = False
 
     ranges: Ranges = "auto"
     weights: WeightRanges = "minmax"

@@ -33,7 +33,7 @@ class Statistics:
 _BY_EXTREMES = ("minmax", "moving-average")
 RULES = (*_BY_EXTREMES, "percentile", "entropy", "mse")
 # Among these `auto` chooses by measuring: each was the best on some network (docs/results.md).
-CANDIDATES = ("minmax", "moving-average", "percentile", "mse")
+CANDIDATES = ("minmax", "moving-average", "mse")
 
 
 def needs_histogram(ranges: str) -> bool:
@@ -61,7 +61,7 @@ def check_rule(ranges: str, percentile: float | None) -> float:
         raise OptionError(f"unknown range rule {ranges!r}", hint=f"choose one of auto, {', '.join(RULES)}")
     if percentile is None:
         return DEFAULT_PERCENTILE
-    if ranges not in ("auto", "percentile"):
+    if ranges != "percentile":
         raise OptionError(f"percentile has no effect with ranges={ranges}", hint="write ranges=percentile")
     if not 50 < percentile <= 100:
         raise OptionError(f"percentile is {percentile}", hint="give more than 50 and at most 100, such as 99.99")
