@@ -37,7 +37,7 @@ from .placing import Placing, Timed, lower_and_time, speed_promise, tuning_json
 from .runtime.artifact import Artifact
 from .runtime.elsewhere import judge_elsewhere
 from .runtime.evaluate import Evaluate, Metric
-from .runtime.feed import example_tensors, leaves
+from .runtime.feed import example_tensors, leaves, take
 from .runtime.latency import MeasuredLatencies, cache_folder
 from .runtime.manifest import Manifest
 from .runtime.report.build import Figures, Findings, Promise, build_report
