@@ -11,6 +11,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from torch import nn
 
 import fxpress
 from fxpress.backends.targets import load_target
@@ -52,6 +53,8 @@ trained = fxpress.train(
     program, data, fxpress.TrainingOptions(epochs=3, optimizer=fxpress.AdamW(1e-2)), objective=objective,
     evaluate=Top1(held_out), checkpoint=root / "run", progress=lambda *done: told.append(done),
 )
+perceptron = fxpress.Program.load(sys.argv[2])
+uneven = fxpress.finetune(perceptron, data, fxpress.TrainingOptions(batch_size=63, optimizer=fxpress.SGD(0.1)))
 fused = fxpress.run_passes(program, "cleanup,canonicalize,fuse-batchnorm")
 scales = {}
 for ranges in ("minmax", "moving-average", "mse"):
@@ -60,25 +63,33 @@ for ranges in ("minmax", "moving-average", "mse"):
 artifact = fxpress.compile(fused, calibration=digits.inputs[:100].split(9), output=root / "out", distributed=True)
 values = [t.double().sum().item() for t in trained.program.state_dict().values()]
 report = {"seen": seen, "told": len(told), "history": [[r.loss, r.metric] for r in trained.history],
-          "scales": scales, "values": values, "onnx": artifact.onnx.SerializeToString().hex()[:2000]}
+          "uneven": [p.detach().flatten().tolist() for p in uneven.parameters()], "scales": scales, "values": values, "onnx": artifact.onnx.SerializeToString().hex()[:2000]}
 (root / f"rank{rank}.json").write_text(json.dumps(report))
 """
 
 
-def launch(root: Path, script: str, count: int = 2) -> subprocess.CompletedProcess[str]:
+def perceptron(digits) -> fxpress.Program:
+    """A network without BatchNorm, whose gradient does not depend on who computes which part of it."""
+    torch.manual_seed(0)
+    module = nn.Sequential(nn.Flatten(), nn.Linear(64, 32), nn.ReLU(), nn.Linear(32, 10))
+    return fxpress.capture(module, (digits.inputs[:2],))
+
+
+def launch(root: Path, script: str, *arguments: str, count: int = 2) -> subprocess.CompletedProcess[str]:
     """`torchrun` with `count` processes on the CPU."""
     path = root / "work.py"
     path.write_text(script)
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", str(count), "--standalone"]
     env = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(p for p in sys.path if p)}
-    return subprocess.run([*command, str(path), str(root)], capture_output=True, text=True, timeout=300, env=env)
+    return subprocess.run([*command, str(path), str(root), *arguments], capture_output=True, text=True, timeout=300, env=env)
 
 
 @pytest.fixture(scope="module")
-def ranks(tmp_path_factory) -> SimpleNamespace:
+def ranks(tmp_path_factory, digits) -> SimpleNamespace:
     """What two processes reported, and the folder where they worked."""
     root = tmp_path_factory.mktemp("ranks")
-    done = launch(root, WORK)
+    perceptron(digits).save(root / "perceptron.pt2")
+    done = launch(root, WORK, str(root / "perceptron.pt2"))
     assert done.returncode == 0, done.stderr[-4000:]
     return SimpleNamespace(root=root, both=[json.loads((root / f"rank{r}.json").read_text()) for r in (0, 1)])
 
@@ -119,6 +130,14 @@ def test_training_ends_at_the_metric_of_one_process(ranks, program, digits):
     assert first["history"][-1][1] == pytest.approx(metric, abs=0.03)
     losses = [r.loss for r in one.history]
     assert [r[0] for r in first["history"]] == pytest.approx(losses, rel=0.25), "BatchNorm sees half of each batch"
+
+
+def test_without_batchnorm_the_weights_are_those_of_one_process(ranks, digits):
+    options = fxpress.TrainingOptions(batch_size=63, optimizer=fxpress.SGD(0.1))
+    one = fxpress.finetune(perceptron(digits), (digits.inputs, digits.labels), options)
+    for first, second, alone in zip(*(r["uneven"] for r in ranks.both), one.parameters(), strict=True):
+        assert first == second
+        assert torch.allclose(torch.tensor(first), alone.detach().flatten(), rtol=1e-3, atol=1e-5)
 
 
 def test_calibration_gives_identical_ranges(ranks, program, digits):

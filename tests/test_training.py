@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import sys
 
 import pytest
 import torch
@@ -11,6 +12,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 import fxpress
 from fxpress.errors import DataError, OptionError, TrainingError
+from fxpress.passes.prune.recovery.shuffle import flip_and_shift
 from fxpress.runtime.evaluate import Top1
 from fxpress.training.objectives import CrossEntropy, scores
 from fxpress.training.options import SGD, AdamW, TrainingOptions
@@ -167,8 +169,13 @@ def test_frozen_parameters_stay(program, data):
 def test_label_smoothing_is_that_of_torch(program, data):
     options = TrainingOptions(batch_size=150, label_smoothing=0.2, optimizer=AdamW(1e-9))
     smoothed = fxpress.train(program, data, options).history[0].loss
-    plain = fxpress.train(program, data, TrainingOptions(batch_size=150, optimizer=AdamW(1e-9))).history[0].loss
-    assert smoothed != pytest.approx(plain, rel=1e-3)
+
+    def expected(program, batch):
+        return nn.functional.cross_entropy(scores(program, batch.inputs), batch.labels, label_smoothing=0.2)
+
+    options = TrainingOptions(batch_size=150, optimizer=AdamW(1e-9))
+    assert smoothed == fxpress.train(program, data, options, objective=expected).history[0].loss
+    assert smoothed != pytest.approx(fxpress.train(program, data, options).history[0].loss, rel=1e-3)
 
 
 def test_the_average_of_the_weights_is_what_is_returned(program, data):
@@ -260,12 +267,39 @@ def test_an_objective_with_weights_trains_them(program, data):
         ({"options": TrainingOptions(hold_out=0.1), "evaluate": lambda run: 0.0}, "hold_out has no effect"),
         ({"options": TrainingOptions(warmup=0.1, schedule=OneCycle())}, "one-cycle"),
         ({"options": TrainingOptions(precision="float16", device="cpu")}, "does not compute in float16"),
+        ({"augment": "flip-shift-cutmix"}, "mixes pictures"),
+        ({"augment": "flop"}, "unknown augmentation 'flop'"),
         ({"options": TrainingOptions(label_smoothing=0.1), "objective": CrossEntropy()}, "label_smoothing has no effect"),
     ],
 )
 def test_options_without_effect_are_refused(program, data, choices, words):
     with pytest.raises(OptionError, match=words):
         fxpress.finetune(program, data, **choices)
+
+
+def test_without_accelerate_the_error_says_what_to_install(program, data, monkeypatch):
+    monkeypatch.setitem(sys.modules, "accelerate", None)
+    with pytest.raises(OptionError, match="needs the package accelerate") as caught:
+        fxpress.finetune(program, data)
+    assert "pip install 'fxpress[train]'" in str(caught.value)
+
+
+def test_steps_leave_nothing_behind(program, data):
+    """torch.manual_seed keeps a note of every seed where there is no GPU."""
+    before = len(torch.cuda._queued_calls)
+    fxpress.finetune(program, data, TrainingOptions(batch_size=30, epochs=4))
+    assert len(torch.cuda._queued_calls) - before < 4
+
+
+def test_augmentation_by_name_and_by_function(program, data):
+    def mirrored(inputs, generator):
+        return tuple(x.flip(3) for x in inputs)
+
+    turned = (data[0].flip(3), data[1])
+    assert same(fxpress.finetune(program, data, augment=mirrored), fxpress.finetune(program, turned))
+    named = fxpress.finetune(program, data, augment="flip-shift")
+    assert same(named, fxpress.finetune(program, data, augment=flip_and_shift))
+    assert not same(named, fxpress.finetune(program, data))
 
 
 @pytest.mark.parametrize("bad", [{"epochs": 0}, {"ema": 1.5}, {"precision": "int8"}, {"hold_out": 1.0}, {"clip_norm": 0}])

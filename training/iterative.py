@@ -83,7 +83,7 @@ def prune_and_finetune(
     objective: Objective | None = None,
     evaluate: Evaluate | None = None,
     max_drop: float | None = None,
-    augment: Augment | None = None,
+    augment: Augment | str | None = None,
     checkpoint: str | Path | None = None,
     progress: Progress | None = None,
 ) -> PrunedProgram:
@@ -130,7 +130,7 @@ class _Job:
     shrink: Shrink | None
     objective: Objective | None
     evaluate: Evaluate | None
-    augment: Augment | None
+    augment: Augment | str | None
     checkpoint: str | Path | None
     progress: Progress | None
 

@@ -20,12 +20,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 
-from ..errors import OptionError
+from ..errors import OptionError, did_you_mean
 from ..frontend.program import Program, StageRecord
 from ..passes.memory import peak_memory
 from ..passes.prune.kinds.sparsify import zero_weights
 from ..passes.prune.plan import PruningPlan
+from ..passes.prune.recovery.shuffle import AUGMENTATIONS
 from ..runtime.evaluate import Evaluate, Runner, Top1, measure, torch_runner
 from ..runtime.feed import leaves
 from .checkpoint import CheckpointFolder, EpochRecord, digest
@@ -68,7 +70,7 @@ def train(
     *,
     objective: Objective | None = None,
     evaluate: Evaluate | None = None,
-    augment: Augment | None = None,
+    augment: Augment | str | None = None,
     workers: int = 0,
     on_epoch: OnEpoch | None = None,
     plan: PruningPlan | None = None,
@@ -82,8 +84,9 @@ def train(
     `data`: (inputs..., labels), a list of labelled batches, a torch `Dataset` (read with `workers` processes) or
     anything that streams batches (`training.examples.as_examples`). `objective(program, batch)` is the loss, by default
     cross entropy. `evaluate(run)` judges each epoch, higher is better. `augment(inputs, generator)` varies the inputs
-    of a step. `on_epoch(program, number)` is called before each epoch, from 0, and before the rest of one that is
-    resumed; it may switch what the program does, by the number alone.
+    of a step; "flip-shift" mirrors pictures and moves them by up to an eighth of their size.
+    `on_epoch(program, number)` is called before each epoch, from 0, and before the rest of one that is resumed; it may
+    switch what the program does, by the number alone.
 
     `plan`: the sparse plan that the program was pruned by; its zeros stay zero.
 
@@ -94,6 +97,7 @@ def train(
     """
     options = options or TrainingOptions()
     _check_choices(options, objective, evaluate, checkpoint, checkpoint_every)
+    augment = _augmentation(augment, objective)
     whole = as_examples(program, data, options.batch_size, options.seed, workers)
     examples, held_out = _hold_out(whole, options.hold_out)
     engine = make_engine(options)
@@ -120,6 +124,8 @@ def train(
         engine.require_same(run.position.step)
         kept = run.to_end(saving)
         move(copy.eval(), torch.device("cpu"))
+        if isinstance(objective, nn.Module):
+            objective.to("cpu")
     trained = Trained(copy, tuple(run.position.history), kept)
     record = StageRecord(name, time.perf_counter() - start, run.position.step, trained.notes(), memory.megabytes)
     copy.log.append(record)
@@ -192,6 +198,17 @@ def _check_choices(
                 raise OptionError(f"{name} has no effect without a metric", hint="give evaluate, or hold_out=0.1")
     if isinstance(options.schedule, OneCycle) and options.warmup:
         raise OptionError("warmup has no place before a one-cycle schedule", hint="its `rise` is the warm-up")
+
+
+def _augmentation(augment: Augment | str | None, objective: Objective | None) -> Augment | None:
+    """An augmentation by its name. Mixed pictures have no label: they need an objective that does without."""
+    if not isinstance(augment, str):
+        return augment
+    if augment not in AUGMENTATIONS:
+        raise OptionError(f"unknown augmentation {augment!r}", hint=did_you_mean(augment, AUGMENTATIONS))
+    if "cutmix" in augment and objective is None:
+        raise OptionError(f"{augment} mixes pictures, not their labels", hint="use flip-shift, or distillation")
+    return None if augment == "none" else AUGMENTATIONS[augment]
 
 
 def _keep_zeros(plan: PruningPlan) -> Callable[[Program], None]:

@@ -27,7 +27,10 @@ def generator_for(*place: object) -> torch.Generator:
 def seed_all(*place: object) -> None:
     """Seed the global generators of torch (on all devices), numpy and Python for a place."""
     seed = seed_for(*place)
-    torch.manual_seed(seed)
+    if torch.accelerator.is_available():
+        torch.manual_seed(seed)
+    else:  # without a GPU manual_seed keeps a note of each seed, with its stack: memory grew by the step
+        torch.default_generator.manual_seed(seed)
     np.random.seed(seed % 2**32)
     random.seed(seed)
 
