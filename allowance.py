@@ -63,7 +63,10 @@ class Allowance:
 
 @dataclass
 class Outcome:
-    """What a search found: the passes that replace those from quantization on, all trials, and why it ended early."""
+    """What a search found: the passes that replace those from quantization on, all trials, and why it ended early.
+
+    `kept` names what stays in float because of it.
+    """
 
     passes: list[Pass]
     best: Trial
@@ -71,6 +74,7 @@ class Outcome:
     total_macs: int
     trials: list[Trial]
     sensitivity: list[Sensitivity] = field(default_factory=list)
+    kept: list[str] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
 
     @property
@@ -172,7 +176,7 @@ def find_allowed(
     if outcome.best is not search.trials[0]:
         setting = trials.simplified(outcome.best.setting)
         outcome.best = dataclasses.replace(outcome.best, setting=setting)
-        outcome.passes = trials.passes(setting)
+        outcome.passes, outcome.kept = trials.passes(setting), trials.globs(setting.kept)
     return outcome
 
 
@@ -223,8 +227,9 @@ def _fingerprint(floating: Program, context: Context, allowance: Allowance) -> s
     before, machine = allowance.before, describe_environment(1)
     facts = (before.name, before.value, before.count, allowance.judged_on)
     versions = (__version__, torch.__version__, onnxruntime.__version__, machine["cpu"])
-    target = context.target.name if context.target else ""
-    return fingerprint(floating, context.calibration or (), *facts, *versions, target, context.seed)
+    target = context.target
+    formats = (target.name, str(target.activation), str(target.weight)) if target else ()
+    return fingerprint(floating, context.calibration or (), *facts, *versions, *formats, context.seed)
 
 
 def can_fall_back(passes: Sequence[Pass]) -> bool:

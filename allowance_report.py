@@ -25,8 +25,8 @@ def describe(outcome: Outcome) -> list[str]:
         f"float (allowed {outcome.allowance.drop:.4f}; {judged})",
         f"the pipeline from quantization on: {change}",
     ]
-    if best.setting.kept:
-        notes.append(f"in float because of the allowance: {_listed(sorted(best.setting.kept))}")
+    if outcome.kept:
+        notes.append(f"in float because of the allowance: {_listed(outcome.kept)}")
     points = [f"{p['float_macs_share']:.1%} -> {p['drop']:.4f}" for p in curve(outcome)]
     notes.append(f"MACs in float -> drop: {', '.join(points)}")
     failed = [t for t in outcome.trials if t.metric is None]
@@ -61,7 +61,7 @@ def as_json(outcome: Outcome) -> dict[str, Any]:
     return {
         "allowed_drop": outcome.allowance.drop,
         "met": outcome.met,
-        "kept_float": sorted(outcome.best.setting.kept),
+        "kept_float": outcome.kept,
         "float_macs_share": outcome.best.float_macs / max(outcome.total_macs, 1),
         "curve": curve(outcome),
         "trials": [_trial_json(t) for t in outcome.trials],

@@ -11,7 +11,7 @@ from .cli_compile import resolve_example, resolve_source
 from .cli_screen import emit_json, say, show_report, show_table
 from .errors import OptionError, did_you_mean
 from .runtime.artifact import read_report
-from .runtime.report.words import count, decibel, number, size
+from .runtime.report.words import count, decibel, number, percent, size
 
 if TYPE_CHECKING:
     from .frontend.program import Program
@@ -38,9 +38,27 @@ def inspect_artifact(folder: Path, as_json: bool) -> int:
     if worst:
         rows = [(r["name"], r["op"], decibel(r["sqnr_isolated_db"]), decibel(r["sqnr_accumulated_db"])) for r in worst]
         show_table("layers, worst first (SQNR in dB)", ("name", "op", "isolated", "accumulated"), rows, right=(2, 3))
+    if report.get("fallback"):
+        show_fallback(report["fallback"])
     if as_json:
         emit_json(report)
     return 0
+
+
+def show_fallback(found: dict[str, Any]) -> None:
+    """What the search under --max-drop found: what each share of float buys, and the points that cost most."""
+    kept = "kept" if found["met"] else "not kept"
+    say(f"allowed drop {found['allowed_drop']:.4f}: {kept}, {len(found['trials'])} trials")
+    curve = [(percent(p["float_macs_share"]), f"{p['drop']:.4f}") for p in found["curve"]]
+    show_table("what MACs in float buy", ("in float", "drop"), curve, right=(0, 1))
+    rows = [
+        (p["name"], p["kind"], decibel(p["sqnr_alone_db"]), decibel(p["sqnr_without_db"]), count(p["macs"]))
+        for p in found["sensitivity"][:_SHOWN]
+    ]
+    if rows:
+        title = "sensitivity, worst first (SQNR of the outputs in dB)"
+        columns = ("point", "kind", "only it quantized", "all but it", "MACs around it")
+        show_table(title, columns, rows, right=(2, 3, 4))
 
 
 def inspect_model(
@@ -228,8 +246,9 @@ def explain_node(folder: Path, node: str, as_json: bool) -> int:
     """What the report says about one layer."""
     report = read_report(folder)
     layers = {row["name"]: row for row in report["layers"]}
+    points = [p for p in (report.get("fallback") or {}).get("sensitivity", ()) if p["name"] == node]
     islands = {row["node"]: row for row in report["coverage"]["float_islands"]}
-    if node not in layers and node not in islands:
+    if node not in layers and node not in islands and not points:
         raise OptionError(f"the report has no layer {node!r}", hint=did_you_mean(node, {**layers, **islands}, "layers"))
     if node in layers:
         row = layers[node]
@@ -243,6 +262,11 @@ def explain_node(folder: Path, node: str, as_json: bool) -> int:
         row = islands[node]
         say(f"{node} ({row['op']}) stays in float: {row['reason']}")
         say(f"  hint: {row['hint']}")
+    for point in points:
+        alone, without = decibel(point["sqnr_alone_db"]), decibel(point["sqnr_without_db"])
+        kind = f"{node}, {point['kind']}"
+        say(f"{kind}: the outputs have SQNR {alone} dB with only this quantized, {without} dB without it")
+        say(f"  to leave it in float: quantize{{keep_float=[{','.join(point['operations'])}]}}")
     if as_json:
-        emit_json({"layer": layers.get(node), "island": islands.get(node)})
+        emit_json({"layer": layers.get(node), "island": islands.get(node), "sensitivity": points})
     return 0

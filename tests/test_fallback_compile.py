@@ -88,7 +88,7 @@ def test_a_poisoned_activation_is_found_and_little_stays_in_float(artifact):
     found = artifact.report["fallback"]
     assert artifact.kept
     assert found["trials"][0]["metric"] < 0.9, "all on integers it is far from the allowance"
-    assert {"conv2d_1", "conv2d_2"} <= set(found["kept_float"])
+    assert {"b", "c"} <= set(found["kept_float"])
     assert found["float_macs_share"] < 0.75  # of four equal convolutions two must stay
     worst = found["sensitivity"][0]
     assert worst["sqnr_alone_db"] < 15
@@ -179,6 +179,18 @@ def test_a_trial_is_what_the_pipeline_makes(poisoned):
         slow = PassManager(trials.passes(setting)).run(program, context)
         assert torch.equal(fast(x), slow(x)), kept
         assert macs == sum(trials.macs.get(o, 0) for o in kept)
+
+
+def test_inspect_and_explain_show_it(artifact, capsys):
+    from fxpress.cli_inspect import explain_node, inspect_artifact
+
+    inspect_artifact(artifact.path, as_json=False)
+    explain_node(artifact.path, "b", as_json=False)
+    text = capsys.readouterr().err
+    assert "what MACs in float buy" in text
+    assert "sensitivity, worst first" in text
+    assert "b, activation: the outputs have SQNR" in text
+    assert "keep_float=[conv2d_1" in text
 
 
 # -- sensitivity ---------------------------------------------------------------------------------------------------
