@@ -189,7 +189,7 @@ def _search(search: Search, trials: Trials, options: str, outcome: Outcome, loss
     search.hopeless = not lossless and _float_falls(trials, outcome.allowance)
     if search.hopeless:
         return
-    options = without_corrections(options)
+    options = trials.settled(without_corrections(options))
     outcome.sensitivity = trials.sensitivities(options)
     grow(search, options, float_path(outcome.sensitivity, trials.macs))
     give_back(search, outcome.sensitivity, trials.macs)

@@ -28,12 +28,14 @@ from ..annotate import annotation, named_nodes
 from ..observe import Sites, sites_of
 from ..passes import Annotate, Calibrate, Fold, Observe, Quantize
 from ..ranges.choose import choose_ranges, mean_sqnr, program_outputs
+from ..ranges.observers import Candidates
 from .fallback import Setting
 from .points import Switchboard, mark_origins, origin_of
 from .sensitivity import Sensitivity, measure_sensitivity
 
 _QUANTIZING = (Annotate, Observe, Calibrate, Fold, Quantize)
-_SAMPLES = 8
+_MOST_SAMPLES, _LEAST_SAMPLES = 8, 2
+_WORK = 1e11  # multiplications that measuring the sensitivity may take, the least number of samples aside
 
 
 def flat_steps(passes: Iterable[Pass]) -> list[Pass]:
@@ -70,6 +72,7 @@ class Trials:
     context: Context
     _observed: dict[str, _Observed] = field(default_factory=dict)
     _prepared: dict[str, Program] = field(default_factory=dict)
+    _settled: dict[str, set[str]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         self.floating = self.floating.copy()
@@ -95,13 +98,21 @@ class Trials:
 
     def sensitivities(self, options: str) -> list[Sensitivity]:
         """Each point of the program that `options` make, on a few calibration samples; the worst first."""
+        observed, weights = self._chosen(options)
+        assert self.context.target is not None
+        board = Switchboard(observed, self.context.target, weights)
+        work = sum(self.macs.values()) * len(board.points) / 2  # half of the network lies behind the middle point
+        samples = min(_MOST_SAMPLES, max(_LEAST_SAMPLES, int(_WORK / max(work, 1))))
+        return measure_sensitivity(board, self.samples(samples), self.macs)
+
+    def _chosen(self, options: str) -> tuple[Program, str]:
+        """The program as it is before folding, its range rule chosen, and the rule for weights."""
         steps = flat_steps(parse_pipeline(options))
         cut = next(i for i, s in enumerate(steps) if isinstance(s, Fold))
-        observed, target = self._run(steps[:cut], _Counted(self.macs)), self.context.target
-        assert target is not None
-        weights = option_of(steps, "weights", "minmax")
-        choose_ranges(observed, target, weights, self._quiet())
-        return measure_sensitivity(Switchboard(observed, target, weights), self.samples(), self.macs)
+        observed, weights = self._run(steps[:cut], _Counted(self.macs)), option_of(steps, "weights", "minmax")
+        assert self.context.target is not None
+        choose_ranges(observed, self.context.target, weights, self._quiet())
+        return observed, weights
 
     def _run(self, steps: Sequence[Pass], counted: _Counted) -> Program:
         """Run passes on a copy of the float program, `calibrate` from memory where it serves."""
@@ -129,24 +140,60 @@ class Trials:
                 kept = fewer.kept
         return Setting(setting.options, kept)
 
+    def settled(self, options: str) -> str:
+        """The pipeline with the range rule that `ranges=auto` chooses, so that trials need not choose again."""
+        passes = parse_pipeline(options)
+        if option_of(passes, "ranges") != "auto":
+            return options
+        steps = flat_steps(passes)
+        key = print_pipeline(steps[: next(i for i, s in enumerate(steps) if isinstance(s, Fold)) + 1])
+        if key not in self._settled:
+            sites = sites_of(self._chosen(options)[0]).by_key.values()
+            self._settled[key] = {o.chosen for s in sites if isinstance(o := s.observer, Candidates)}
+        if len(self._settled[key]) != 1:
+            return options
+        (rule,) = self._settled[key]
+        found = {"ranges": rule} if rule == "percentile" else {"ranges": rule, "percentile": None}
+        return print_pipeline(with_options(passes, found))
+
     def remedies(self, options: str) -> Iterator[str]:
         """Settings without more in float: `options`, then the best by the SQNR of the outputs on a few samples of other
         rules for ranges and weights, then of that with layers equalized and biases corrected; only what is better."""
         yield options
-        best, score = options, self._sqnr(options)
-        for others in (_other_rules, _corrected):
-            scores = {text: self._sqnr(text) for text in map(print_pipeline, others(parse_pipeline(best)))}
+        best = self.settled(options)
+        score = self._sqnr(best)
+        for others in (self._other_rules, self._corrected):
+            scores = {text: self._sqnr(text) for text in others(best)}
             found = max(scores, key=lambda text: scores[text], default=best)
             if scores.get(found, score) > score:
                 best, score = found, scores[found]
                 yield best
+
+    def _other_rules(self, options: str) -> list[str]:
+        """The range rule that `auto` chooses, with every rule for weights."""
+        auto = parse_pipeline(self._chosen_anew(options))
+        forms = [print_pipeline(with_options(auto, {"weights": w})) for w in _choices(Fold, "weights")]
+        return [f for f in forms if f != options]
+
+    def _corrected(self, options: str) -> list[str]:
+        """With layers equalized before, biases corrected behind, and both, as far as the pipeline does not do that."""
+        passes = parse_pipeline(options)
+        before = [] if any(isinstance(p, Equalize) for p in passes) else [Equalize()]
+        behind = [] if any(isinstance(p, CorrectBias) for p in passes) else [CorrectBias()]
+        forms = [[*passes, *behind], *([[*before, *passes], [*before, *passes, *behind]] if before else [])]
+        texts = dict.fromkeys(self._chosen_anew(print_pipeline(f)) for f in forms)
+        return [text for text in texts if text != options]
+
+    def _chosen_anew(self, options: str) -> str:
+        """With the range rule that `auto` chooses for this pipeline."""
+        return self.settled(print_pipeline(with_options(parse_pipeline(options), {"ranges": "auto"})))
 
     def globs(self, operations: Iterable[str]) -> list[str]:
         """Names for `keep_float` that mean exactly these operations: a layer's where it has one, else the node's."""
         wanted = set(operations)
         return sorted({self._glob(n, wanted) for n in self.floating.graph.nodes if n.name in wanted})
 
-    def samples(self, count: int = _SAMPLES) -> list[tuple[torch.Tensor, ...]]:
+    def samples(self, count: int = _MOST_SAMPLES) -> list[tuple[torch.Tensor, ...]]:
         """The first calibration samples as flat batches of one, or the first batch where its size is fixed."""
         assert self.context.calibration is not None
         cut = all(i.dims and isinstance(i.dims[0], str) for i in self.floating.inputs)
@@ -184,22 +231,6 @@ class Trials:
         except QuantizationError:  # nothing is left
             return frozenset()
         return frozenset(origin_of(n) for n in program.graph.nodes if annotation(n) is not None)
-
-
-def _other_rules(passes: list[Pass]) -> list[list[Pass]]:
-    """Every range rule with every rule for weights. Where `auto` chooses among range rules already, only it."""
-    ranges = _choices(Observe, "ranges")
-    tried = ["auto"] if "auto" in ranges else ranges
-    forms = [with_options(passes, {"ranges": r, "weights": w}) for r in tried for w in _choices(Fold, "weights")]
-    return [f for f in forms if f != passes]
-
-
-def _corrected(passes: list[Pass]) -> list[list[Pass]]:
-    """With layers equalized before, biases corrected behind, and both, as far as the pipeline does not do that."""
-    before = [] if any(isinstance(p, Equalize) for p in passes) else [Equalize()]
-    behind = [] if any(isinstance(p, CorrectBias) for p in passes) else [CorrectBias()]
-    forms = [[*before, *passes], [*passes, *behind], [*before, *passes, *behind]]
-    return [f for i, f in enumerate(forms) if f != passes and f not in forms[:i]]
 
 
 def without_corrections(options: str) -> str:
