@@ -14,6 +14,7 @@ MODULES = (
     "prune.passes",
     "prune.recovery.recover",
     "quantize.passes",
+    "to_half",
     "quantize.accuracy.equalize",
     "quantize.accuracy.smooth",
     "quantize.accuracy.correct_bias",

@@ -20,7 +20,7 @@ from torch.utils import _pytree as pytree
 from ..errors import PassError
 from ..frontend.program import Program, describe_tensors, dtype_name, source_of
 from .base import INTERFACE, VALUES, Pass
-from .rewrite import erase_unused_state, fake_mode_of
+from .rewrite import erase_unused_state, fake_mode_of, is_op
 
 
 def check_structure(program: Program, who: str) -> None:
@@ -54,12 +54,15 @@ def fingerprint(program: Program) -> tuple[Any, ...]:
 
 def follow_weights(program: Program) -> bool:
     """After `graph_module.double()` (or half) the weights have another float dtype than capture saw: inputs and outputs
-    are described anew. Returns whether they were."""
+    are described anew. (Not where the graph itself converts to that dtype, as `to-half` lets it.) Returns whether they
+    were."""
     dtypes = {p.dtype for p in program.parameters() if p.is_floating_point()}
     seen = {v.dtype for v in (n.meta["val"] for n in program.tensor_placeholders()) if v.is_floating_point()}
     if len(dtypes) != 1 or not seen - dtypes:
         return False
     (dtype,) = dtypes
+    if any(is_op(n, torch.ops.aten.to.dtype) and n.args[1] is dtype for n in program.graph.nodes):
+        return False
     for node in program.tensor_placeholders():
         if node.meta["val"].is_floating_point():
             node.meta["val"] = node.meta["val"].to(dtype)

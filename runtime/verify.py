@@ -25,6 +25,8 @@ from .feed import example_tensors, examples, has_dynamic_batch, leaves, random_i
 from .session import Runnable, Session, make_session
 
 FLOAT_BOUND = 1e-4
+# PyTorch rounds every float16 result (to 2^-11 of it); ONNX Runtime on x86 keeps float32 between many of them.
+HALF_BOUND = 1e-2
 _SQNR_CAP = 200.0
 _LEVELS = 255  # steps in the range of a float output, where no scale says how large a step is
 
@@ -37,7 +39,7 @@ class Parity:
     of output values of a quantized program that differ by at most one step (its output scale, or 1/255 of the output's
     range where the output is float); 1.0 for a float program within the bound. `smallest_reference`: the least
     max |b| of any output (an output of zeros would make agreement say nothing). `squeezed`: eager PyTorch dropped a
-    batch of one that the file keeps.
+    batch of one that the file keeps. `bound`: how large `max_relative` may be in a program that is not quantized.
     """
 
     batches: tuple[int, ...]
@@ -47,11 +49,12 @@ class Parity:
     smallest_reference: float
     quantized: bool
     squeezed: bool = False
+    bound: float = FLOAT_BOUND
 
     @property
     def kept(self) -> bool:
         """Is a float program within the bound? (A quantized one is judged layer by layer.)"""
-        return self.quantized or self.max_relative <= FLOAT_BOUND
+        return self.quantized or self.max_relative <= self.bound
 
 
 @dataclass(frozen=True)
@@ -117,13 +120,19 @@ def check_parity(
     sizes = tuple(batches) if has_dynamic_batch(program) else (int(example_tensors(program)[0].shape[0]),)
     generator = torch.Generator().manual_seed(seed)
     sites = quantized_sites(program)
-    tally = _Tally(_output_steps(program, sites))
+    tally = _Tally(_output_steps(program, sites), float_bound(program))
     for i, batch in enumerate(sizes):
         if real_inputs is None or i % 2 or len(sizes) == 1:
             tally.compare(program, session, random_inputs(program, batch, generator))
         if real_inputs is not None and i % 2 == 0:
             tally.compare(program, session, take(program, real_inputs, batch))
     return tally.parity(sizes, quantized=bool(sites))
+
+
+def float_bound(program: Program) -> float:
+    """How far PyTorch and ONNX Runtime may differ, relative to the largest output value, where nothing is quantized."""
+    values = (n.meta.get("val") for n in program.graph.nodes)
+    return HALF_BOUND if any(isinstance(v, torch.Tensor) and v.dtype is torch.float16 for v in values) else FLOAT_BOUND
 
 
 def _to_numpy(x: torch.Tensor) -> np.ndarray:
@@ -158,8 +167,8 @@ _MOVES = frozenset(
 class _Tally:
     """Collects differences over batches and outputs."""
 
-    def __init__(self, steps: list[float | None]) -> None:
-        self.steps = steps
+    def __init__(self, steps: list[float | None], bound: float = FLOAT_BOUND) -> None:
+        self.steps, self.bound = steps, bound
         self.relative = self.absolute = 0.0
         self.smallest = math.inf
         self.near = self.count = 0
@@ -195,7 +204,7 @@ class _Tally:
     def _count_steps(self, ours: np.ndarray, theirs: np.ndarray, step: float | None, largest: float) -> None:
         if step is None:
             step = float(np.ptp(theirs.astype(np.float64))) / _LEVELS if theirs.size else 0.0
-        allowed = step * 1.001 if step else FLOAT_BOUND * largest
+        allowed = step * 1.001 if step else self.bound * largest
         with np.errstate(invalid="ignore"):
             near = np.abs(ours.astype(np.float64) - theirs.astype(np.float64)) <= allowed
         self.near += int((near | (ours == theirs)).sum())
@@ -204,7 +213,7 @@ class _Tally:
     def parity(self, batches: tuple[int, ...], quantized: bool) -> Parity:
         share = self.near / self.count if self.count else 1.0
         smallest = self.smallest if math.isfinite(self.smallest) else 0.0
-        return Parity(batches, self.relative, self.absolute, share, smallest, quantized, self.squeezed)
+        return Parity(batches, self.relative, self.absolute, share, smallest, quantized, self.squeezed, self.bound)
 
 
 def differences(ours: np.ndarray, theirs: np.ndarray) -> tuple[float, float]:
