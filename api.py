@@ -31,7 +31,7 @@ from .recipe import DEFAULT, parse_drop, resolve_passes
 from .runtime.artifact import Artifact, check_output
 from .runtime.evaluate import Evaluate
 from .runtime.latency import MeasuredLatencies
-from .settings import Progress, Settings, Stages, quantizes
+from .settings import Progress, Settings, Stages, quantizes, trains
 from .training.distributed import TorchProcesses, join_processes
 
 _TARGET = "ort-x86"
@@ -47,6 +47,7 @@ def compile(
     prune: str | float | Mapping[str, Any] | None = None,
     recipe: str = DEFAULT,
     pipeline: str | None = None,
+    training: Any = None,
     evaluate: Evaluate | None = None,
     max_drop: str | float | None = None,
     search_seconds: float | None = None,
@@ -72,7 +73,8 @@ def compile(
     `args` are example inputs, batch first (not for a Program, which has its own). `calibration` is any iterable of
     batches that can be read again: tensors, tuples or dicts of inputs; labels in them are ignored. `prune` is the share
     of MACs to keep (0.5), or options as text ("params=0.6,importance=l1"). `recipe` is a name or a TOML file,
-    `pipeline` replaces it. `evaluate(run) -> float` judges PyTorch and ONNX Runtime alike; `max_drop` ("1%", 0.01) is
+    `pipeline` replaces it. `training` are labelled data for recipes that train (all that `fxpress.train` takes).
+    `evaluate(run) -> float` judges PyTorch and ONNX Runtime alike; `max_drop` ("1%", 0.01) is
     how far it may fall: if it falls further, other rules for ranges and weights are tried, then the fewest MACs are
     left in float that keep the allowance (`search_seconds`, `search_trials`: for so long at most; the trials are
     written to `journal`, by default `output` + ".journal", from which a killed search goes on). If that fails too, the
@@ -113,7 +115,9 @@ def compile(
         dump=Path(dump) if dump else None,
         progress=progress,
         processes=processes,
+        training=training,
     )
+    _check_training(settings)
     _check_tuning(settings, tune_seconds)
     if calibration is None and quantizes(settings.passes):
         raise DataError("quantization needs calibration data", hint="give calibration (--data), or the recipe float")
@@ -197,6 +201,17 @@ def _checked_calibration(program: Program, calibration: Iterable[Any] | None, st
     return batches
 
 
+def _check_training(settings: Settings) -> None:
+    """Passes that train need labelled data, and others have no use for them."""
+    if trains(settings.passes) and settings.training is None:
+        raise DataError("the recipe trains on labelled data", hint="give training=(inputs, labels) (--train-data DATA)")
+    if settings.training is not None and not trains(settings.passes):
+        raise OptionError(
+            "training data have no effect: nothing in the pipeline trains",
+            hint="use a recipe such as int8-qat, or the pass finetune",
+        )
+
+
 def _checked_threads(threads: int) -> int:
     if isinstance(threads, bool) or not isinstance(threads, int) or threads < 1:
         raise OptionError(f"threads is {threads!r}", hint="give a whole number of 1 or more")
@@ -243,6 +258,11 @@ def _check_tuning(settings: Settings, seconds: float) -> None:
         raise OptionError(
             "tune does not work beside distributed: processes would measure differently",
             hint="tune on one process, then give the pipeline that its report states",
+        )
+    if settings.tune and any(p.name == "qat" for p in settings.passes):
+        raise OptionError(
+            "tune does not work with qat: each placement would be trained",
+            hint="tune the recipe int8, then give the keep_float that its report states to qat",
         )
     if settings.tune and not runs_here(settings.target):
         raise OptionError(

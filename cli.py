@@ -72,6 +72,9 @@ def compile_(
     eval_data: Annotated[
         str | None, typer.Option("--eval", metavar="DATA", help="labelled data to judge float and compiled on")
     ] = None,
+    train_data: Annotated[
+        str | None, typer.Option("--train-data", metavar="DATA", help="labelled data, for recipes that train")
+    ] = None,
     weights: Weights = None,
     input_size: InputSize = None,
     preprocess: PreprocessName = None,
@@ -116,8 +119,8 @@ def compile_(
         raise OptionError("--recipe has no effect beside --pipeline", hint="give one of the two")
     load_plugins(plugin or [])
     request = Request(
-        model, data, eval_data, weights, input_size, preprocess, samples, target, prune, recipe, pipeline, max_drop,
-        search_seconds, search_trials, journal, tune, allow_slower, seed, threads, dump, output,
+        model, data, eval_data, train_data, weights, input_size, preprocess, samples, target, prune, recipe, pipeline,
+        max_drop, search_seconds, search_trials, journal, tune, allow_slower, seed, threads, dump, output,
     )  # fmt: skip
     return compile_model(request, as_json)
 

@@ -27,6 +27,7 @@ class Request:
     model: str
     data: str | None = None
     eval_data: str | None = None
+    train_data: str | None = None
     weights: Path | None = None
     input_size: str | None = None
     preprocess: str | None = None
@@ -71,6 +72,7 @@ def compile_model(request: Request, as_json: bool) -> int:
             prune=request.prune,
             recipe=request.recipe or DEFAULT,
             pipeline=request.pipeline,
+            training=resolve_labelled(request.train_data, loading, "--train-data"),
             evaluate=Top1(judged) if judged is not None else None,
             max_drop=request.max_drop,
             search_seconds=request.search_seconds,
@@ -136,12 +138,18 @@ def resolve_data(text: str | None, loading: Loading) -> Data | None:
 
 def resolve_judge(request: Request, loading: Loading) -> Data | None:
     """The labelled data of --eval."""
-    judged = resolve_data(request.eval_data, loading)
-    if judged is not None and judged.labelled is False:
-        raise OptionError(f"{judged.name} has no labels, so --eval has no effect", hint="give labelled data")
+    judged = resolve_labelled(request.eval_data, loading, "--eval")
     if judged is not None and request.eval_data == request.data:
         warn("--data and --eval are the same: the metric is judged on what calibrated the model")
     return judged
+
+
+def resolve_labelled(text: str | None, loading: Loading, option: str) -> Data | None:
+    """DATA that must have labels."""
+    data = resolve_data(text, loading)
+    if data is not None and data.labelled is False:
+        raise OptionError(f"{data.name} has no labels, so {option} has no effect", hint="give labelled data")
+    return data
 
 
 def used_preprocess(data: Data | None, judged: Data | None, loading: Loading) -> Preprocess | None:

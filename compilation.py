@@ -27,7 +27,7 @@ from .frontend.cost import count_macs, op_name
 from .frontend.program import Program, layer_name, module_path
 from .passes.base import VALUES, Context, Pass
 from .passes.manager import PassManager
-from .passes.pipeline import parse_pipeline, print_pipeline
+from .passes.pipeline import make_pass, parse_pipeline, print_pipeline
 from .passes.prune.groups import find_pinned
 from .passes.prune.plan import PruningPlan
 from .passes.prune.rules.table import analyze
@@ -44,11 +44,12 @@ from .runtime.report.build import Figures, Findings, Promise, build_report
 from .runtime.report.environment import installed
 from .runtime.session import Session
 from .runtime.verify import LayerParity, LayerRow, Parity, check_layers, check_parity, layer_table
-from .settings import Compiled, Progress, Settings, Stages, first_quantizer, judges_speed
+from .settings import Compiled, Progress, Settings, Stages, first_quantizer, judges_speed, trains
+from .training.passes import QAT
 
 FLOAT_PIPELINE = "cleanup,canonicalize,fuse-batchnorm"
 # What has no part in how fast the result is.
-_SPEEDLESS = ("prune", "verify-pruning", "recover")
+_SPEEDLESS = ("prune", "verify-pruning", "recover", "finetune", "distil")
 _JUDGED_EXAMPLES = 8
 _LEAST_EXAMPLES, _LAYER_MACS = 2, 8e9  # layers are judged on that many examples, or that many MACs
 _SQNR_LIMIT = 200.0
@@ -135,7 +136,7 @@ def transform(
     passes = list(settings.passes)
     clock = latency_clock(passes, settings.target, settings.threads, settings.progress)
     context = Context(settings.target, batches, evaluate, settings.seed, settings.progress, latencies=clock)
-    context.processes = settings.processes
+    context.processes, context.training = settings.processes, settings.training
     cut = first_quantizer(passes)
     known = len(program.log)
 
@@ -172,7 +173,8 @@ def lower_and_keep_speed(
     with stages.step("lower"):
         float_program = float_form(compiled, program, reference)
         timed = lower_and_time(float_program, compiled.final, reference, settings.threads)
-    if compiled.floating is None or not placing.promised or not timed.slower or settings.processes is not None:
+    alone = settings.processes is None and not trains(compiled.passes[first_quantizer(compiled.passes) :])
+    if compiled.floating is None or not placing.promised or not timed.slower or not alone:
         return compiled, timed
     floating, cut = compiled.floating, first_quantizer(compiled.passes)
     made = [compiled.final]
@@ -205,10 +207,13 @@ def settle_drop(
     batches: Batches | None,
     evaluate: Evaluate | None,
 ) -> tuple[Compiled, Settings, Settled | None]:
-    """Where the metric falls further than allowed, look for a pipeline that keeps it, and run that one."""
-    if settings.max_drop is None or evaluate is None:
+    """Where the metric falls further than allowed, look for a pipeline that keeps it, and run that one.
+
+    There is no search where quantization trains, since each trial would be a training."""
+    if settings.max_drop is None or evaluate is None or trains(settings.passes[first_quantizer(settings.passes) :]):
         return compiled, settings, None
     context = Context(settings.target, batches, evaluate, settings.seed, settings.progress)
+    context.training = settings.training
     cut = first_quantizer(settings.passes)
     with stages.step("max-drop") as record:
         allowance = Allowance(*judge_float(evaluate, reference), settings.max_drop, settings.search, settings.journal)
@@ -233,10 +238,15 @@ def latency_clock(
     """What tells a latency budget how long a model takes in the form that the passes after pruning will give it (where
     there are none, as a float model)."""
     first = next((i for i, p in enumerate(passes) if p.name == "prune"), -1)
-    follow = [p for p in passes[first + 1 :] if p.name not in _SPEEDLESS]
+    follow = [_untrained(p) for p in passes[first + 1 :] if p.name not in _SPEEDLESS]
     return MeasuredLatencies(
         follow or parse_pipeline(FLOAT_PIPELINE), target, threads=threads, cache=cache_folder(), progress=progress
     )
+
+
+def _untrained(item: Pass) -> Pass:
+    """What makes a model as fast as `item` does, without training it."""
+    return make_pass("quantize", {"keep_float": item.keep_float}) if isinstance(item, QAT) else item
 
 
 # -- verification -------------------------------------------------------------------------------------------------

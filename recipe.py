@@ -46,6 +46,27 @@ RECIPES = {
             "fuse BatchNorm, float16 where that is safe: half the size (no faster on x86)",
             "cleanup,canonicalize,fuse-batchnorm,to-half",
         ),
+        Recipe(
+            "int8-qat",
+            "INT8 by quantization-aware training, one epoch on labelled data",
+            "cleanup,canonicalize,fuse-batchnorm{keep=true},qat",
+        ),
+        Recipe(
+            "prune-int8",
+            "half of the MACs, recovered without labels, then INT8",
+            "cleanup,prune{macs=0.5},recover,canonicalize,fuse-batchnorm,quantize",
+        ),
+        Recipe(
+            "prune-distil-int8",
+            "half of the MACs, distilled from the whole for three epochs, then INT8",
+            "cleanup,prune{macs=0.5},recover,distil{epochs=3},canonicalize,fuse-batchnorm,quantize",
+        ),
+        Recipe(
+            "prune-distil-qat",
+            "half of the MACs, distilled for three epochs, then INT8 by one epoch of training that simulates it",
+            "cleanup,prune{macs=0.5},recover,distil{epochs=3},canonicalize,fuse-batchnorm{keep=true},"
+            "qat{soft=0.9,labels=0.1}",
+        ),
         Recipe("float", "fuse BatchNorm, stay in float", "cleanup,canonicalize,fuse-batchnorm"),
     )
 }
@@ -84,7 +105,8 @@ def load_recipe(text: str) -> Recipe:
 def resolve_passes(
     recipe: str = DEFAULT, pipeline: str | None = None, prune: str | float | Mapping[str, Any] | None = None
 ) -> list[Pass]:
-    """The passes to run. A pipeline replaces the recipe; `prune` joins a recipe after its cleanup.
+    """The passes to run. A pipeline replaces the recipe; `prune` joins a recipe after its cleanup, or takes the
+    place of the pruning that it has.
 
     Raises OptionError where two of the three contradict each other, PipelineError for bad text.
     """
@@ -98,7 +120,9 @@ def resolve_passes(
         passes = parse_pipeline(pipeline)
     if prune is None:
         return passes
-    if pipeline is not None or any(p.name == "prune" for p in passes):
+    if pipeline is None and any(p.name == "prune" for p in passes):
+        return [prune_pass(prune) if p.name == "prune" else p for p in passes]
+    if pipeline is not None:
         raise OptionError("prune is asked for beside a pipeline", hint="write it into the pipeline: prune{macs=0.5}")
     place = next((i + 1 for i, p in enumerate(passes) if p.name == _PRUNE_AFTER), 0)
     return [*passes[:place], prune_pass(prune), *passes[place:]]

@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from .frontend.preprocess import Preprocess
 from .frontend.program import Program, StageRecord
@@ -18,7 +19,8 @@ from .passes.quantize.spec import Target
 from .placing import runs_here
 
 # From the first of these on, layers are compared with the program as it was before.
-QUANTIZERS = ("quantize", "annotate", "observe", "calibrate")
+QUANTIZERS = ("qat", "fake-quantize", "quantize", "annotate", "observe", "calibrate")
+TRAINERS = ("finetune", "distil", "qat")
 
 Progress = Callable[[str, int, int | None], None]
 
@@ -43,6 +45,7 @@ class Settings:
     dump: Path | None = None
     progress: Progress | None = None
     processes: Processes | None = None
+    training: Any = None
 
 
 @dataclass
@@ -85,6 +88,11 @@ class Compiled:
 def first_quantizer(passes: Sequence[Pass]) -> int:
     """Where quantization begins in a pipeline; its length where it does not."""
     return next((i for i, p in enumerate(passes) if p.name in QUANTIZERS), len(passes))
+
+
+def trains(passes: Sequence[Pass]) -> bool:
+    """Does a pipeline train on labelled data?"""
+    return any(p.name in TRAINERS for p in passes)
 
 
 def quantizes(passes: Sequence[Pass]) -> bool:

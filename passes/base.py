@@ -61,6 +61,7 @@ class Context:
     target's runtime, for pruning to a latency. `judge` gives the user's metric of a program in the target's runtime
     (higher is better; it raises OptionError where there is no finite number), for searches under an allowed drop.
     `wanted` names the results that passes of the pipeline read (`Pass.reads`); what costs memory is kept for them only.
+    `training` are labelled data for passes that train (what `fxpress.train` takes).
     `processes` share the calibration, each with a part of the data; None: this one is alone.
     """
 
@@ -73,6 +74,7 @@ class Context:
     latencies: OpLatencies | None = None
     judge: Callable[[Program], float] | None = None
     wanted: frozenset[str] = frozenset()
+    training: Any = None
     processes: Processes | None = None
 
 

@@ -1,0 +1,131 @@
+"""Recipes: what each is short for, and those that train, from labelled data to a verified file."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+
+import fxpress
+from fxpress.backends.targets import load_target
+from fxpress.cli import main
+from fxpress.demo import DigitNet, load_digits
+from fxpress.errors import DataError, OptionError
+from fxpress.passes.base import Context
+from fxpress.passes.manager import PassManager
+from fxpress.passes.pipeline import parse_pipeline, print_pipeline
+from fxpress.recipe import RECIPES, load_recipe, resolve_passes
+from fxpress.runtime.evaluate import Top1
+from fxpress.training.options import AdamW, TrainingOptions
+
+
+@pytest.fixture(scope="module")
+def digits():
+    return load_digits()
+
+
+@pytest.fixture(scope="module")
+def program(digits) -> fxpress.Program:
+    torch.manual_seed(0)
+    untrained = fxpress.capture(DigitNet(16), digits.inputs[:2])
+    data = (digits.inputs, digits.labels)
+    return fxpress.finetune(untrained, data, TrainingOptions(epochs=4, optimizer=AdamW(1e-2)))
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_recipes_are_texts_that_round_trip(name):
+    passes = resolve_passes(name)
+    assert print_pipeline(passes) == RECIPES[name].pipeline
+    assert parse_pipeline(print_pipeline(passes)) == passes
+
+
+def test_a_pruning_request_takes_the_place_of_the_recipes_own():
+    text = print_pipeline(resolve_passes("prune-distil-int8", prune="macs=0.3,importance=l1"))
+    assert "prune{macs=0.3,importance=l1},recover,distil" in text
+    assert text.count("prune{") == 1
+
+
+def test_training_options_in_toml(tmp_path):
+    path = tmp_path / "mine.toml"
+    path.write_text('pipeline = "cleanup,prune{macs=0.6},finetune{epochs=2,augment=flip-shift},fuse-batchnorm,quantize"')
+    (_, _, finetune, *_) = resolve_passes(str(path))
+    assert (finetune.epochs, finetune.augment) == (2, "flip-shift")
+    assert load_recipe(str(path)).name == "mine"
+
+
+def test_prune_distil_qat_from_labelled_data_to_a_verified_file(digits, program):
+    artifact = fxpress.compile(
+        program,
+        calibration=digits.inputs[:128].split(32),
+        recipe="prune-distil-qat",
+        training=(digits.inputs, digits.labels),
+        evaluate=Top1([(digits.held_out_inputs, digits.held_out_labels)]),
+        max_drop="5%",
+    )
+    report = artifact.report
+    assert artifact.kept
+    assert [s["pass"] for s in report["stages"] if s["pass"] in ("distil", "qat")] == ["distil", "qat"]
+    assert report["pruning"]["macs_kept"] <= 0.5
+    assert report["coverage"]["integer_macs"] == 1.0
+    assert report["parity"]["layer_max_steps"] <= 1
+
+
+def exit_code(command: list[str]) -> int | str | None:
+    with pytest.raises(SystemExit) as caught:
+        main(command)
+    return caught.value.code
+
+
+def test_on_the_command_line(digits, tmp_path, capsys):
+    source = tmp_path / "net.py"
+    source.write_text(
+        "import torch\nfrom fxpress.demo import DigitNet\n"
+        "def net():\n    torch.manual_seed(0)\n    return DigitNet(8), (torch.zeros(2, 1, 8, 8),)\n"
+    )
+    np.savez(tmp_path / "train.npz", images=digits.inputs[:256].numpy(), labels=digits.labels[:256].numpy())
+    data = str(tmp_path / "train.npz")
+    command = ["compile", f"{source}:net", "--data", data, "-o", str(tmp_path / "out"), "--recipe", "int8-qat"]
+    assert exit_code([*command, "--train-data", data]) == 0
+    assert (tmp_path / "out" / "model.onnx").is_file()
+    capsys.readouterr()
+    assert exit_code([*command[:-2], "--recipe", "int8", "--train-data", data]) == 1
+    assert "training data have no effect" in capsys.readouterr().err
+
+
+def run(program: fxpress.Program, pipeline: str, training=None, calibration=None) -> fxpress.Program:
+    context = Context(load_target("ort-x86"), calibration, training=training)
+    return PassManager(pipeline).run(program, context)
+
+
+def test_distil_brings_back_what_pruning_cost(digits, program):
+    data = (digits.inputs, digits.labels)
+
+    def accuracy(p: fxpress.Program) -> float:
+        return float((p.run_flat((digits.held_out_inputs,))[0].argmax(1) == digits.held_out_labels).float().mean())
+
+    pruned = run(program, "cleanup,prune{macs=0.3}")
+    distilled = run(program, "cleanup,prune{macs=0.3},distil{epochs=2,attention=[left,right]}", data)
+    assert accuracy(distilled) > accuracy(pruned) + 0.05
+
+
+@pytest.mark.parametrize(
+    ("pipeline", "training", "error", "message"),
+    [
+        ("finetune", False, DataError, "needs labelled data"),
+        ("distil", True, OptionError, "no teacher"),
+        ("cleanup,prune{macs=0.8},distil{soft=0}", True, OptionError, "plain training"),
+        ("cleanup,prune{macs=0.8},distil{features=stam}", True, OptionError, "'stam'"),
+        ("qat{labels=0.5}", True, OptionError, "no effect without soft"),
+        ("finetune{learning_rate=-1}", True, OptionError, "learning_rate"),
+    ],
+)
+def test_mistakes_are_explained(digits, program, pipeline, training, error, message):
+    data = (digits.inputs[:64], digits.labels[:64]) if training else None
+    with pytest.raises(error, match=message) as caught:
+        run(program, pipeline, data, [(digits.inputs[:32],)])
+    assert "hint:" in str(caught.value)
+
+
+def test_recipes_that_train_need_labelled_data(digits, program):
+    with pytest.raises(DataError, match="labelled data"):
+        fxpress.compile(program, calibration=digits.inputs[:64].split(32), recipe="int8-qat")

@@ -1,0 +1,180 @@
+"""Training as passes, so that a recipe can chain it with pruning and quantization:
+
+    cleanup,prune{macs=0.5},distil{epochs=3},canonicalize,fuse-batchnorm{keep=true},qat{epochs=1,soft=0.9,labels=0.1}
+
+They read labelled data from the context (`--train-data`, or `training=` from Python). The teacher is the program that
+pruning began with; `qat` without pruning before it learns from the float program that it quantizes.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from ..errors import DataError, OptionError, QuantizationError
+from ..frontend.program import Program
+from ..passes.base import INTERFACE, Change, Context, Pass, register_pass
+from ..passes.fuse_batchnorm import FuseBatchNorm
+from ..passes.prune.passes import ORIGINAL
+from ..passes.prune.recovery.shuffle import AUGMENTATIONS
+from ..passes.quantize.fake_quant import FakeQuantize
+from ..passes.quantize.fold_fake_quant import FoldFakeQuantize
+from ..passes.quantize.passes import Annotate, Calibrate, Observe
+from .distill import Distillation
+from .distill_terms import Attention, Features, Relations, SoftLabels, Term
+from .loop import Trained, train
+from .objectives import Objective
+from .options import SGD, AdamW, TrainingOptions
+from .qat import Simulation, train_simulated
+
+Augmentation = Literal["none", "flip-shift", "flip-shift-cutmix"]
+
+
+@dataclass(frozen=True)
+class Training(Pass):
+    """What all training passes have in common: how the weights are trained on the context's labelled data."""
+
+    epochs: int = 1
+    learning_rate: float = 0.01
+    optimizer: Literal["sgd", "adamw"] = "sgd"
+    weight_decay: float = 5e-4
+    batch_size: int = 64
+    warmup: float = 0.0
+    augment: Augmentation = "none"
+    hold_out: float = 0.0
+
+    preserves = frozenset({INTERFACE})
+
+    def options(self, context: Context) -> TrainingOptions:
+        """These options as the training loop takes them."""
+        kind = SGD(self.learning_rate, nesterov=True, weight_decay=self.weight_decay)
+        adam = AdamW(self.learning_rate, weight_decay=self.weight_decay)
+        return TrainingOptions(
+            epochs=self.epochs,
+            batch_size=self.batch_size,
+            optimizer=adam if self.optimizer == "adamw" else kind,
+            warmup=self.warmup,
+            hold_out=self.hold_out,
+            seed=context.seed,
+        )
+
+    def choices(self, context: Context) -> dict[str, Any]:
+        """What `train` is told beside its options."""
+        augment = None if self.augment == "none" else AUGMENTATIONS[self.augment]
+        return {"augment": augment, "progress": context.progress, "name": self.name}
+
+
+@register_pass
+@dataclass(frozen=True)
+class Finetune(Training):
+    """Train on labelled data.
+
+    SGD with Nesterov momentum (or AdamW), the learning rate falling by a cosine. `augment` varies pictures
+    (flip-shift), `hold_out` is the share of the data that judges each epoch, of which the best is kept.
+    """
+
+    name = "finetune"
+
+    label_smoothing: float = 0.0
+
+    def run(self, program: Program, context: Context) -> Change:
+        options = TrainingOptions(**{**vars(self.options(context)), "label_smoothing": self.label_smoothing})
+        return _trained(program, train(program, labelled(context), options, **self.choices(context)))
+
+
+@register_pass
+@dataclass(frozen=True)
+class Distil(Training):
+    """Train a pruned program to say what the program before pruning says.
+
+    `soft` weighs the teacher's probabilities at `temperature`, `labels` the labels, `relations` DIST; `features` and
+    `attention` name modules whose values, or places of large values, are matched. The other options are those of
+    `finetune`.
+    """
+
+    name = "distil"
+
+    soft: float = 0.9
+    labels: float = 0.1
+    temperature: float = 4.0
+    relations: float = 0.0
+    features: tuple[str, ...] = ()
+    attention: tuple[str, ...] = ()
+
+    def run(self, program: Program, context: Context) -> Change:
+        teacher = context.results.get(ORIGINAL)
+        if not isinstance(teacher, Program):
+            raise OptionError("distil has no teacher", hint="put it after prune{...}, or use finetune")
+        terms: list[Term] = [SoftLabels(self.soft, self.temperature)] if self.soft else []
+        terms += [Relations(self.relations, temperature=self.temperature)] if self.relations else []
+        terms += [Features(_pairs(self.features))] if self.features else []
+        terms += [Attention(_pairs(self.attention))] if self.attention else []
+        objective = Distillation(program, teacher, terms, labels=self.labels, seed=context.seed)
+        options, choices = self.options(context), self.choices(context)
+        return _trained(program, train(program, labelled(context), options, objective=objective, **choices))
+
+
+@register_pass
+@dataclass(frozen=True)
+class QAT(Training):
+    """Quantize, train on the numbers that quantization leaves, and fold (quantization-aware training).
+
+    annotate, observe, calibrate, fake-quantize, train, fold-fake-quantize. `freeze` is the share of the training after
+    which BatchNorm uses its running statistics (none: never, and they are computed anew at the end). With `soft` the
+    float program, or the one before pruning, teaches (see distil). `ranges`, `keep_float`: as for quantize. The other
+    options are those of `finetune`.
+    """
+
+    name = "qat"
+
+    weight_decay: float = 1e-4
+    soft: float = 0.0
+    labels: float = 1.0
+    temperature: float = 4.0
+    freeze: float | None = 0.5
+    ranges: str = "auto"
+    keep_float: tuple[str, ...] = ()
+    learn_scales: bool = True
+    learn_zero_points: bool = False
+
+    def run(self, program: Program, context: Context) -> Change:
+        if context.target is None:
+            raise QuantizationError("quantization needs a target", hint="pass --target, for example ort-x86")
+        data, teacher = labelled(context), context.results.get(ORIGINAL)
+        teacher = teacher if isinstance(teacher, Program) else program.copy()
+        fake = FakeQuantize(learn_scales=self.learn_scales, learn_zero_points=self.learn_zero_points)
+        before = (FuseBatchNorm(keep=True), Annotate(self.keep_float), Observe(self.ranges), Calibrate(), fake)  # type: ignore[arg-type]
+        notes = [note for step in before for note in step.run(program, context).notes]
+        choices = self.choices(context)
+        if (objective := self._objective(program, teacher, context)) is not None:
+            choices["objective"] = objective
+        simulation = Simulation(fake, self.freeze)
+        trained = train_simulated(program, data, self.options(context), context.calibration, simulation, **choices)
+        _trained(program, trained)
+        change = FoldFakeQuantize().run(program, context)
+        return Change(change.count, [*notes, *trained.notes(), *change.notes])
+
+    def _objective(self, program: Program, teacher: Program, context: Context) -> Objective | None:
+        if not self.soft:
+            if self.labels != 1.0:
+                raise OptionError("labels has no effect without soft", hint="give soft=0.9 too")
+            return None
+        terms = [SoftLabels(self.soft, self.temperature)]
+        return Distillation(program, teacher, terms, labels=self.labels, seed=context.seed)
+
+
+def labelled(context: Context) -> Any:
+    """The context's labelled data. Raises DataError where there are none."""
+    if context.training is None:
+        raise DataError("training needs labelled data", hint="pass --train-data, or training=(inputs, labels)")
+    return context.training
+
+
+def _trained(program: Program, trained: Trained) -> Change:
+    """Let `program` become the trained one."""
+    program.graph_module = trained.program.graph_module
+    return Change(len(trained.history), trained.notes())
+
+
+def _pairs(names: tuple[str, ...]) -> tuple[tuple[str, str], ...]:
+    return tuple((n, n) for n in names)
