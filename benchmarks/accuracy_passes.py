@@ -48,6 +48,7 @@ BIAS = "quantize,correct-bias"
 LEARNED = "quantize,learn-rounding"
 EQUAL = "equalize,quantize"
 SMOOTH = "smooth,quantize"
+INSERT = "smooth{insert=true},quantize"
 ALL = "equalize,smooth,quantize,learn-rounding,correct-bias"
 
 
@@ -178,7 +179,7 @@ ROWS: dict[str, tuple[Callable[[], Case], Callable[[], Target], tuple[str, ...]]
     "mobilenet_v2": (mobilenet_v2, int8, (PLAIN, BIAS, ALL)),
     "mobilenet_v2-per-tensor": (mobilenet_v2, per_tensor, (PLAIN, EQUAL, BIAS)),
     "deit_tiny-outliers": (deit_tiny, int8, (PLAIN, SMOOTH, f"{SMOOTH},correct-bias")),
-    "bert-outliers": (bert, int8, (PLAIN, SMOOTH)),
+    "bert-outliers": (bert, int8, (PLAIN, SMOOTH, INSERT)),
 }  # fmt: skip
 
 

@@ -168,3 +168,34 @@ def test_wrong_use():
         run_passes(program, "learn-rounding", Context(target=TARGET, calibration=data()))
     with pytest.raises(OptionError, match="above 0"):
         run_passes(program, "learn-rounding{steps=0}", Context(target=TARGET, calibration=data()))
+
+
+class Transformer(nn.Module):
+    """Two blocks on tokens: the sums between them are what the rest needs."""
+
+    def __init__(self, width: int = 16) -> None:
+        super().__init__()
+        self.blocks = nn.ModuleList(
+            nn.ModuleList([nn.LayerNorm(width), nn.Linear(width, 3 * width), nn.Linear(width, width), nn.LayerNorm(width), nn.Linear(width, 32), nn.Linear(32, width)])
+            for _ in range(2)
+        )
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        for norm1, qkv, out, norm2, up, down in self.blocks:
+            x = x + out(nn.functional.scaled_dot_product_attention(*qkv(norm1(x)).chunk(3, -1)))
+            x = x + down(nn.functional.gelu(up(norm2(x))))
+        return x
+
+
+def test_transformers_are_learned_by_their_residual_blocks():
+    generator = torch.Generator().manual_seed(2)
+    tokens = [(torch.randn(16, 6, 16, generator=generator),) for _ in range(4)]
+    torch.manual_seed(0)
+    program = run_passes(fxpress.capture(Transformer().eval(), tokens[0]), "cleanup,canonicalize")
+    context = Context(target=COARSE, calibration=tokens)
+    result = run_passes(program, "quantize{ranges=minmax},learn-rounding{steps=40}", context)
+    plain = run_passes(program, "quantize{ranges=minmax}", context)
+    assert result.log[-1].changes > 4
+    assert sqnr(program(tokens[1][0]), result(tokens[1][0])) > sqnr(program(tokens[1][0]), plain(tokens[1][0])) + 1
+    blocks = find_blocks(make_twins(result, context, "test"))
+    assert [len(b.layers) for b in blocks] == [2, 2, 2, 2]

@@ -11,6 +11,7 @@ from fxpress.backends.targets import load_target
 from fxpress.errors import DataError, OptionError, QuantizationError
 from fxpress.passes.base import Context
 from fxpress.passes.manager import run_passes
+from fxpress.passes.quantize.accuracy.products import drop_ones, insert_products
 from fxpress.passes.quantize.accuracy.smooth import find_sites, smoothing
 
 TARGET = load_target("ort-x86")
@@ -108,6 +109,27 @@ def test_a_norm_with_another_reader_is_left_alone():
     record = run_passes(captured(PostNorm()), "smooth", context()).log[-1]
     assert record.changes == 0
     assert "nothing to smooth" in record.notes[0]
+
+
+def test_a_product_can_be_inserted_for_it():
+    module = PostNorm()
+    with torch.no_grad():
+        module.norm.weight[3] = 60.0
+        module.linear.weight[:, 3] /= 60.0
+    program = captured(module)
+    smooth = run_passes(program, "smooth{insert=true}", context())
+    assert "1 of them by a product of their own" in smooth.log[-1].notes[0]
+    assert len([n for n in smooth.graph.nodes if "mul" in str(n.target)]) == 1
+    x = data()[1][0]
+    assert float((smooth(x) - program(x)).detach().abs().max()) < 1e-4 * float(program(x).detach().abs().max())
+
+
+def test_products_that_change_nothing_are_taken_out_again():
+    program = captured(PostNorm())
+    products = insert_products(program, [])
+    assert len(products) == 1
+    assert drop_ones(program, products) == 1
+    assert not [n for n in program.graph.nodes if "mul" in str(n.target)]
 
 
 def test_a_written_out_norm_is_a_site():

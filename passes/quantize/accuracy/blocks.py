@@ -67,12 +67,18 @@ def single_tensors(twins: Twins) -> dict[fx.Node, tuple[fx.Node, fx.Node]]:
     for position, node in enumerate(nodes):
         if node.op == "placeholder" or not depending.isdisjoint(node.all_input_nodes):
             depending.add(node)
-            if isinstance(node.meta.get("val"), torch.Tensor) and last.get(node, -1) > position:
+            if _holds_tensors(node) and last.get(node, -1) > position:
                 live.add(node)
         live = {n for n in live if last[n] > position}
         if len(live) == 1 and (pair := _pair(twins, next(iter(live)))) is not None:
             found[node] = pair
     return found
+
+
+def _holds_tensors(node: fx.Node) -> bool:
+    """A tensor, or the list that a split gives; not a size."""
+    value = node.meta.get("val")
+    return isinstance(value, torch.Tensor) or (isinstance(value, (list, tuple)) and len(value) > 0)
 
 
 def _last_readers(nodes: list[fx.Node]) -> dict[fx.Node, int]:
@@ -87,7 +93,10 @@ def _pair(twins: Twins, node: fx.Node) -> tuple[fx.Node, fx.Node] | None:
     """A real-valued tensor and its twin, which may have it in another shape; not what is about to be quantized, since
     the quantization may do an activation's work, nor a layer's output, which an activation may follow."""
     quantize = torch.ops.fxpress.quantize.default
-    if node.op != "call_function" or not node.meta["val"].is_floating_point() or is_op(node, quantize, *LAYERS):
+    value = node.meta["val"]
+    if node.op != "call_function" or not isinstance(value, torch.Tensor) or is_op(node, quantize, *LAYERS):
+        return None
+    if not value.is_floating_point():
         return None
     if any(is_op(user, quantize) for user in node.users):
         return None

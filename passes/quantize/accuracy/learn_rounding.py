@@ -294,7 +294,10 @@ class _Budget:
 
 
 def _train(program: Program, task: _Task, soft: dict[IntegerLayer, SoftWeight], scale: float, budget: _Budget) -> bool:
-    """Train the relaxed weights, the error in units of `scale`. Returns whether all steps were made."""
+    """Train the relaxed weights, the error in units of `scale`. Returns whether all steps were made.
+
+    Where no gradient comes back (an op between has none), the weights stay as they are.
+    """
     reads = {k: k.node.args[1] for k in soft}
     given = (*task.given, *reads.values())
     run = PartialRun(program, [n for n, _ in task.ends], given, differentiable())  # type: ignore[arg-type]
@@ -308,6 +311,8 @@ def _train(program: Program, task: _Task, soft: dict[IntegerLayer, SoftWeight], 
         with torch.enable_grad():
             values = {**example.given, **{reads[k]: s.value() for k, s in soft.items()}}
             loss = _error(run(example.batch, values), task, example) / max(scale, 1e-12)  # type: ignore[arg-type]
+            if not loss.requires_grad:
+                return True
             if share > _WARM_UP:
                 loss = loss + _DECIDE / count * sum(s.undecided(sharpness(share, _WARM_UP)) for s in soft.values())
             loss.backward()

@@ -18,6 +18,7 @@ from ...prune.recovery.partial_run import PartialRun
 from ...rewrite import aten, constant, is_op
 from ..fold import quantize_weight, weight_scales
 from ..spec import QuantParams, Target, choose_params
+from .products import drop_ones, insert_products
 from .scaling import Link, Reader, divide_outputs, find_link, groups_of, input_ranges, multiply_inputs
 from .trials import Batch, judge_quantized, required_target, split_samples
 
@@ -39,8 +40,9 @@ class Smooth(Pass):
 
     Legal when all that read X are layers or such ops, and the weights belong to one layer alone. `alpha=auto` takes,
     site by site, the alpha with the least error of the quantized layers' outputs on calibration samples, or leaves the
-    site alone. `convolutions=true` smooths what convolutions read as well. With `when=helps` the whole program is
-    quantized with and without, and the pass keeps the better.
+    site alone. `convolutions=true` smooths what convolutions read as well; `insert=true` puts a product of its own
+    before linear layers that read what others read too (one more float operation at each such place).
+    With `when=helps` the whole program is quantized with and without, and the pass keeps the better.
     """
 
     name = "smooth"
@@ -49,6 +51,7 @@ class Smooth(Pass):
     alpha: float | Literal["auto"] = "auto"
     when: Literal["helps", "always"] = "helps"
     convolutions: bool = False
+    insert: bool = False
 
     def __post_init__(self) -> None:
         if self.alpha != "auto" and not 0 <= self.alpha <= 1:
@@ -56,13 +59,20 @@ class Smooth(Pass):
 
     def run(self, program: Program, context: Context) -> Change:
         target = required_target(context)
-        links = find_sites(program, self.convolutions)
-        if not links:
-            return Change(0, ["nothing to smooth: no linear layer reads a tensor that others do not read as well"])
-        samples = split_samples(program, context.calibration, _FIT, _JUDGE, self.name)
         trial = program.copy()
-        chosen = smooth_sites(trial, find_sites(trial, self.convolutions), samples.fit, target, self.alpha)
+        products = insert_products(trial, find_sites(trial, self.convolutions)) if self.insert else []
+        links = find_sites(trial, self.convolutions)
+        if not links:
+            hint = "" if self.insert else " (insert=true makes such places)"
+            return Change(
+                0, [f"nothing to smooth: no linear layer reads a tensor that others do not read as well{hint}"]
+            )
+        samples = split_samples(program, context.calibration, _FIT, _JUDGE, self.name)
+        chosen = smooth_sites(trial, links, samples.fit, target, self.alpha)
+        inserted = len(products) - drop_ones(trial, products)
+        trial.graph_module.recompile()
         told = f"smoothing {len(chosen)} of {len(links)} sites" + _alphas(list(chosen.values()))
+        told += f", {inserted} of them by a product of their own" if inserted else ""
         if not chosen:
             return Change(0, [f"{told}: at no site the layers behind it get more exact"])
         if self.when == "helps":
