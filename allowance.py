@@ -35,7 +35,7 @@ from .passes.quantize.placement.fallback import (
 )
 from .passes.quantize.placement.journal import Journal, add_tensor, fingerprint
 from .passes.quantize.placement.sensitivity import Sensitivity
-from .passes.quantize.placement.trials import Trials, flat_steps, without_corrections
+from .passes.quantize.placement.trials import Trials, flat_steps, without_fitting
 from .runtime.evaluate import Evaluate, Metric, measure, session_runner, torch_runner
 from .runtime.report.build import Promise
 from .runtime.report.environment import describe_environment
@@ -189,10 +189,12 @@ def _search(search: Search, trials: Trials, options: str, outcome: Outcome, loss
     search.hopeless = not lossless and _float_falls(trials, outcome.allowance)
     if search.hopeless:
         return
-    options = trials.settled(without_corrections(options))
-    outcome.sensitivity = trials.sensitivities(options)
-    grow(search, options, float_path(outcome.sensitivity, trials.macs))
+    fast = trials.settled(without_fitting(options))
+    outcome.sensitivity = trials.sensitivities(fast)
+    grow(search, fast, float_path(outcome.sensitivity, trials.macs))
     give_back(search, outcome.sensitivity, trials.macs)
+    if search.best is not None and without_fitting(options) != options and search.meets(search.best):
+        search.judge(Setting(options, search.best.setting.kept))
 
 
 def _float_falls(trials: Trials, allowance: Allowance) -> bool:

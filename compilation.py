@@ -214,6 +214,7 @@ def settle_drop(
         return compiled, settings, None
     context = Context(settings.target, batches, evaluate, settings.seed, settings.progress)
     context.training = settings.training
+    context.processes = settings.processes
     cut = first_quantizer(settings.passes)
     with stages.step("max-drop") as record:
         allowance = Allowance(*judge_float(evaluate, reference), settings.max_drop, settings.search, settings.journal)
@@ -296,7 +297,7 @@ def _computing(node: fx.Node, op: str) -> fx.Node:
 def judge_coverage(model: onnx.ModelProto, compiled: Compiled, settings: Settings) -> Coverage:
     """Integer coverage, each float island with the reason that the target's table or the pipeline gives."""
     if compiled.floating is not None:
-        globs = [glob for p in settings.passes for glob in getattr(p, "keep_float", ())]
+        globs = [glob for p in compiled.passes for glob in getattr(p, "keep_float", ())]
         reasons = {layer_name(n): KEPT_REASON for n in named_nodes(compiled.floating, globs, "keep_float")}
         reasons |= float_reasons(compiled.floating, settings.target)
         return measure_coverage(model, reasons, settings.target.session)

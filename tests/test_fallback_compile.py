@@ -230,6 +230,16 @@ def test_sensitivity_names_the_worst_and_tells_weights_from_activations(poisoned
     assert all(r.alone_db >= r.without_db - 30 for r in rows if r.without_db is not None)
 
 
+def test_what_is_fitted_behind_is_judged_with_the_result(poisoned):
+    pipeline = "cleanup,canonicalize,fuse-batchnorm,quantize{ranges=minmax},correct-bias{samples=16}"
+    artifact = compiled(poisoned, pipeline=pipeline)
+    trials = artifact.report["fallback"]["trials"]
+    kept = [t for t in trials if t["kept_float"]]
+    assert artifact.kept
+    assert {"correct-bias" in t["pipeline"] for t in kept[:-1]} == {False}
+    assert "correct-bias" in kept[-1]["pipeline"]
+
+
 # -- options and faults --------------------------------------------------------------------------------------------
 
 

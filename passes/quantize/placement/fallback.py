@@ -14,6 +14,9 @@ Steps 3 and 4 take for granted that less in float is never better, which holds u
 trial is kept at all times, and its metric was measured. What is exact is the judgement; the order is a heuristic, whose
 result the tests compare with the optimum by brute force.
 
+What stays off integers stays in float32 here. A target with a 16-bit format would be one more option of a `Setting`
+(the same path, with those formats instead of float): the search itself knows settings by their text only.
+
 The search is a function of what its trials gave, so a journal of them is all that is needed to go on after a kill.
 """
 

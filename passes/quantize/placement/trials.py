@@ -24,6 +24,7 @@ from ...manager import PassManager
 from ...pipeline import parse_pipeline, print_pipeline
 from ..accuracy.correct_bias import CorrectBias
 from ..accuracy.equalize import Equalize
+from ..accuracy.float_twin import FLOAT_TWIN
 from ..annotate import annotation, named_nodes
 from ..observe import Sites, sites_of
 from ..passes import Annotate, Calibrate, Fold, Observe, Quantize
@@ -233,9 +234,10 @@ class Trials:
         return frozenset(origin_of(n) for n in program.graph.nodes if annotation(n) is not None)
 
 
-def without_corrections(options: str) -> str:
-    """A pipeline without what is fitted behind the quantization, which would be fitted anew in every trial."""
-    return print_pipeline([p for p in parse_pipeline(options) if not isinstance(p, CorrectBias)])
+def without_fitting(options: str) -> str:
+    """A pipeline without what is fitted to the float program behind the quantization (learned rounding, corrected
+    biases), which takes longer than all else in a trial and would be done anew in every one."""
+    return print_pipeline([p for p in parse_pipeline(options) if FLOAT_TWIN not in p.reads])
 
 
 def _choices(cls: type[Pass], name: str) -> list[str]:
