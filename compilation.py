@@ -302,6 +302,8 @@ def judge_coverage(model: onnx.ModelProto, compiled: Compiled, settings: Setting
         reasons |= float_reasons(compiled.floating, settings.target)
         return measure_coverage(model, reasons, settings.target.session)
     coverage = measure_coverage(model)
+    if coverage.integer_macs:  # quantized as it runs
+        return coverage
     reason, hint = "the pipeline does not quantize", "use the recipe int8, or add quantize to the pipeline"
     islands = [dataclasses.replace(i, reason=reason, hint=hint) for i in coverage.islands]
     return dataclasses.replace(coverage, islands=islands)

@@ -42,6 +42,11 @@ RECIPES = {
             "cleanup,canonicalize,fuse-batchnorm,equalize,smooth,quantize,learn-rounding,correct-bias",
         ),
         Recipe(
+            "int8-dynamic",
+            "int8 weights of linear and LSTM layers, inputs quantized as they come: no calibration data",
+            "cleanup,canonicalize,fuse-batchnorm,quantize-dynamic",
+        ),
+        Recipe(
             "fp16",
             "fuse BatchNorm, float16 where that is safe: half the size (no faster on x86)",
             "cleanup,canonicalize,fuse-batchnorm,to-half",

@@ -21,9 +21,10 @@ from ..passes.quantize.spec import KEPT_REASON, Target
 
 INTEGER_OPS = frozenset(
     {"QLinearConv", "ConvInteger", "QGemm", "QLinearMatMul", "MatMulInteger", "MatMulIntegerToFloat", "QAttention"}
+    | {"DynamicQuantizeMatMul", "DynamicQuantizeLSTM"}
 )
-_RECURRENT = ("LSTM", "GRU", "RNN")
-_COUNTED = ("Conv", "ConvTranspose", "Gemm", "MatMul", "Einsum", *_RECURRENT)
+_RECURRENT = ("LSTM", "GRU", "RNN", "DynamicQuantizeLSTM")
+_COUNTED = ("Conv", "ConvTranspose", "Gemm", "MatMul", "MatMulInteger", "Einsum", *_RECURRENT)
 _LARGE = 4096  # initializers above this many bytes are not needed to infer shapes
 
 

@@ -51,7 +51,7 @@ def cost_table(program: Program) -> list[LayerCost]:
     seen: set[int] = set()
     rows = []
     for node in program.graph.nodes:
-        if node.op != "call_function" or op_name(node).startswith("fxpress."):
+        if node.op != "call_function" or (op_name(node).startswith("fxpress.") and op_name(node) not in _DYNAMIC):
             continue
         macs = _node_macs(node, sizes)
         tensors = [t for t in _parameters_of(program, node) if id(t) not in seen and not seen.add(id(t))]  # type: ignore[func-returns-value]
@@ -160,7 +160,8 @@ def _attention(operands: list[Shape], out: Shape) -> int:
     return prod(query[:-1]) * key[-2] * (query[-1] + value[-1])
 
 
-_RECURRENT = ("aten.lstm", "aten.gru", "aten.rnn_tanh", "aten.rnn_relu")
+_DYNAMIC = ("fxpress.dynamic_linear", "fxpress.dynamic_lstm")
+_RECURRENT = ("aten.lstm", "aten.gru", "aten.rnn_tanh", "aten.rnn_relu", "fxpress.dynamic_lstm")
 
 
 def _recurrent(node: fx.Node, sizes: _Sizes) -> int:
@@ -187,4 +188,5 @@ MACS: dict[str, Callable[[list[Shape], Shape], int]] = {
     **{f"aten.{name}": _product for name in ("linear", "matmul", "mm", "bmm", "mv", "dot")},
     **{f"aten.{name}": _product_after_bias for name in ("addmm", "baddbmm")},
     "aten.scaled_dot_product_attention": _attention,
+    "fxpress.dynamic_linear": _product,
 }

@@ -6,6 +6,7 @@
     space_to_depth(x, block)                 [N, C, H, W] -> [N, block^2 C, H / block, W / block], as ONNX SpaceToDepth
     observe(x, key)                          x; the interpreter of the calibration hands x to observer number `key`
     fake_quantize(x, scale, zero_point, ..)  dequantize(quantize(x)) in float, with gradients (learned_steps.py)
+    dynamic_linear, dynamic_lstm             layers whose input is quantized by its own range (dynamic.py)
 
 The arithmetic is that of ONNX QuantizeLinear and DequantizeLinear (float32 division, round half to even, saturation),
 written once, here: observers, fake quantization, folding and lowering all mean this.
@@ -17,7 +18,7 @@ import functools
 
 import torch
 
-from . import learned_steps
+from . import dynamic, learned_steps
 
 NAMESPACE = "fxpress"
 
@@ -76,6 +77,7 @@ _OPERATORS = {
     "space_to_depth(Tensor x, int block) -> Tensor": (space_to_depth, space_to_depth),
     "observe(Tensor x, int key) -> Tensor": (_observe, lambda x, key: torch.empty_like(x)),
     learned_steps.SCHEMA: (learned_steps.fake_quantize, learned_steps.fake_kernel),
+    **dynamic.OPERATORS,
 }
 
 

@@ -15,6 +15,7 @@ MODULES = (
     "prune.recovery.recover",
     "quantize.passes",
     "to_half",
+    "quantize.dynamic",
     "quantize.accuracy.equalize",
     "quantize.accuracy.smooth",
     "quantize.accuracy.correct_bias",

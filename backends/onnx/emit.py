@@ -117,8 +117,10 @@ class Emitter:
         """Write a node with one output."""
         return self.ops(op_type, 1, *inputs, **attributes)[0]
 
-    def ops(self, op_type: str, outputs: int, *inputs: Input, **attributes: Any) -> list[ir.Value]:
-        """Write a node with several outputs. Attributes that are None are left out."""
+    def ops(
+        self, op_type: str, outputs: int, *inputs: Input, domain: str = "", **attributes: Any
+    ) -> list[ir.Value]:
+        """Write a node with several outputs. Attributes that are None are left out; an empty `domain` is ONNX's."""
         stem = self.node.name if self.node is not None else op_type.lower()
         values = [ir.Value(name=self.unique(f"{stem}.{op_type}")) for _ in range(outputs)]
         operands = [i.value if isinstance(i, Operand) else i for i in inputs]
@@ -132,7 +134,7 @@ class Emitter:
                 )
         self.nodes.append(
             ir.Node(
-                "",
+                domain,
                 op_type,
                 operands,
                 [_attribute(k, v) for k, v in attributes.items() if v is not None],

@@ -1,9 +1,9 @@
 """Program -> ONNX by our own table.
 
-Rules: (1) standard ONNX ops only; (2) weights are initializers named as in the state_dict and are referenced, not
-copied, until they are serialized; (3) what depends on no input is computed now, except dequantized weights; (4) what
-nothing reads is not written; (5) an op without a row, and an argument value that a row does not handle, is an error
-that names the source line.
+Rules: (1) standard ONNX ops only, but for what a pass chose an op of a runtime for; (2) weights are initializers named
+as in the state_dict and are referenced, not copied, until they are serialized; (3) what depends on no input is computed
+now, except dequantized weights; (4) what nothing reads is not written; (5) an op without a row, and an argument value
+that a row does not handle, is an error that names the source line.
 """
 
 from __future__ import annotations
@@ -102,7 +102,7 @@ class _Lowering:
             outputs,
             nodes=nodes,
             initializers=initializers,
-            opset_imports={"": self.g.opset},
+            opset_imports={"": self.g.opset, **{n.domain: 1 for n in nodes if n.domain}},
             name=str(self.program.graph_module.meta.get("fxpress_model", "program")),
         )
         return ir.Model(graph, ir_version=_IR_VERSION, producer_name="fxpress", producer_version=__version__)

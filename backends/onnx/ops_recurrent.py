@@ -25,7 +25,8 @@ class _Kind:
     activations: tuple[str, ...] = ()
 
 
-_LSTM = _Kind("LSTM", (0, 3, 1, 2))
+LSTM_GATES = (0, 3, 1, 2)
+_LSTM = _Kind("LSTM", LSTM_GATES)
 _GRU = _Kind("GRU", (1, 0, 2))
 _RNN_TANH = _Kind("RNN", (0,), ("Tanh",))
 _RNN_RELU = _Kind("RNN", (0,), ("Relu",))
@@ -96,7 +97,7 @@ def _recurrent(
     width = int(states[0].shape[-1])
     for layer in range(layers):
         own = params[layer * per_layer : (layer + 1) * per_layer]
-        start = [_slice(g, s, layer * directions, directions, layers) for s in states]
+        start = [slice_layers(g, s, layer * directions, directions, layers) for s in states]
         value, *final = _layer(g, kind, value, start, own, directions, width)
         finals.append(final)
     outputs = [g.op("Transpose", value, perm=[1, 0, 2]) if batch_first else value]
@@ -105,7 +106,8 @@ def _recurrent(
     return outputs
 
 
-def _slice(g: Emitter, state: Operand, first: int, count: int, layers: int) -> Value:
+def slice_layers(g: Emitter, state: Operand, first: int, count: int, layers: int) -> Value:
+    """The states of one layer, of [layers * directions, B, hidden]."""
     if layers == 1:
         return state.value
     return g.op("Slice", state, g.ints([first]), g.ints([first + count]), g.ints([0]))
@@ -136,11 +138,14 @@ def _layer(
         linear_before_reset=linear_before_reset,
         activations=list(kind.activations) * directions or None,
     )
-    # [T, directions, B, width] -> [T, B, directions * width]
+    return [merge_directions(g, y, directions, width), *final]
+
+
+def merge_directions(g: Emitter, y: Value, directions: int, width: int) -> Value:
+    """[T, directions, B, width] -> [T, B, directions * width]."""
     if directions == 1:
-        return [g.op("Squeeze", y, g.ints([1])), *final]
-    merged = g.op("Reshape", g.op("Transpose", y, perm=[0, 2, 1, 3]), g.ints([0, 0, directions * width]))
-    return [merged, *final]
+        return g.op("Squeeze", y, g.ints([1]))
+    return g.op("Reshape", g.op("Transpose", y, perm=[0, 2, 1, 3]), g.ints([0, 0, directions * width]))
 
 
 def _stacked(g: Emitter, kind: _Kind, weights: list[Operand]) -> Value:
@@ -148,8 +153,13 @@ def _stacked(g: Emitter, kind: _Kind, weights: list[Operand]) -> Value:
 
 
 def _ordered(g: Emitter, kind: _Kind, weight: Operand) -> torch.Tensor:
-    """A parameter with its gates in ONNX's order."""
     if weight.contents is None:
         raise g.reject("recurrent weights that are computed from inputs are not lowered", hint="use fixed weights")
-    gates = weight.contents.detach().chunk(len(kind.gates))
-    return torch.cat([gates[i] for i in kind.gates])
+    return in_gate_order(kind.gates, weight)
+
+
+def in_gate_order(gates: Sequence[int], parameter: Operand) -> torch.Tensor:
+    """A constant parameter with its gates in ONNX's order."""
+    assert parameter.contents is not None
+    parts = parameter.contents.detach().chunk(len(gates))
+    return torch.cat([parts[i] for i in gates])

@@ -30,6 +30,7 @@ FAMILIES = (
     "ops_compare",
     "ops_conv",
     "ops_create",
+    "ops_dynamic",
     "ops_index",
     "ops_linear",
     "ops_norm",
