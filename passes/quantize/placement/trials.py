@@ -120,14 +120,18 @@ class Trials:
         first = next((i for i, s in enumerate(steps) if isinstance(s, Annotate)), len(steps))
         before = print_pipeline(steps[:first])
         if before not in self._prepared:
-            self._prepared[before] = PassManager(steps[:first], check_numbers=False).run(self.floating, self._quiet())
+            self._prepared[before] = self._managed(steps[:first], self.floating)
         recalled = [
             _Recall(self._observed.setdefault(f"{before} {_rule(steps[:i])}", _Observed()), counted)
             if isinstance(s, Calibrate)
             else s
             for i, s in enumerate(steps)
         ]
-        return PassManager(recalled[first:], check_numbers=False).run(self._prepared[before], self._quiet())
+        return self._managed(recalled[first:], self._prepared[before])
+
+    def _managed(self, steps: Sequence[Pass], program: Program) -> Program:
+        """Run passes; what the whole pipeline is checked for at the end is not checked in every trial."""
+        return PassManager(steps, check_numbers=False, share_weights=True).run(program, self._quiet())
 
     def _quiet(self) -> Context:
         return dataclasses.replace(self.context, results={}, progress=None)
@@ -159,11 +163,11 @@ class Trials:
 
     def remedies(self, options: str) -> Iterator[str]:
         """Settings without more in float: `options`, then the best by the SQNR of the outputs on a few samples of other
-        rules for ranges and weights, then of that with layers equalized and biases corrected; only what is better."""
+        rules for ranges and weights, then with layers equalized, then with biases corrected; only what is better."""
         yield options
         best = self.settled(options)
         score = self._sqnr(best)
-        for others in (self._other_rules, self._corrected):
+        for others in (self._other_rules, self._equalized, _corrected):
             scores = {text: self._sqnr(text) for text in others(best)}
             found = max(scores, key=lambda text: scores[text], default=best)
             if scores.get(found, score) > score:
@@ -176,14 +180,11 @@ class Trials:
         forms = [print_pipeline(with_options(auto, {"weights": w})) for w in _choices(Fold, "weights")]
         return [f for f in forms if f != options]
 
-    def _corrected(self, options: str) -> list[str]:
-        """With layers equalized before, biases corrected behind, and both, as far as the pipeline does not do that."""
+    def _equalized(self, options: str) -> list[str]:
+        """With layers equalized before, where the pipeline does not do that."""
         passes = parse_pipeline(options)
-        before = [] if any(isinstance(p, Equalize) for p in passes) else [Equalize()]
-        behind = [] if any(isinstance(p, CorrectBias) for p in passes) else [CorrectBias()]
-        forms = [[*passes, *behind], *([[*before, *passes], [*before, *passes, *behind]] if before else [])]
-        texts = dict.fromkeys(self._chosen_anew(print_pipeline(f)) for f in forms)
-        return [text for text in texts if text != options]
+        known = any(isinstance(p, Equalize) for p in passes)
+        return [] if known else [self._chosen_anew(print_pipeline([Equalize(), *passes]))]
 
     def _chosen_anew(self, options: str) -> str:
         """With the range rule that `auto` chooses for this pipeline."""
@@ -234,6 +235,12 @@ class Trials:
         return frozenset(origin_of(n) for n in program.graph.nodes if annotation(n) is not None)
 
 
+def _corrected(options: str) -> list[str]:
+    """With biases corrected behind, where the pipeline does not do that."""
+    passes = parse_pipeline(options)
+    return [] if any(isinstance(p, CorrectBias) for p in passes) else [print_pipeline([*passes, CorrectBias()])]
+
+
 def without_fitting(options: str) -> str:
     """A pipeline without what is fitted to the float program behind the quantization (learned rounding, corrected
     biases), which takes longer than all else in a trial and would be done anew in every one."""
@@ -273,6 +280,7 @@ class _Recall(Pass):
     """Calibrate from what earlier trials observed, where they saw every tensor of this one."""
 
     name = "calibrate"
+    writes_weights = False
 
     observed: _Observed
     counted: _Counted
