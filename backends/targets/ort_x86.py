@@ -17,6 +17,7 @@ from ...passes.quantize.conditions import (
     global_pool,
     pads_with_zero,
     plain_add,
+    small_depthwise,
     two_dimensional,
     two_tensors,
     whole_multiple,
@@ -30,12 +31,21 @@ _UNIT = QuantParams(1.0 / 256.0, 0, torch.uint8)
 _RAMP_INPUT = QuantParams(as_float32(6.0 / 254.0), 127, torch.uint8)
 _RAMP = QuantParams(as_float32(1.0 / 254.0), 0, torch.uint8)
 
+_CONVS = (
+    "aten.conv2d.default",
+    "aten.conv2d.padding",
+    "aten.conv1d.default",
+    "aten.conv1d.padding",
+    "aten.conv3d.default",
+)
+
 TARGET = Target(
     name="ort-x86",
     summary="ONNX Runtime, CPU, x86 with VNNI: uint8 activations, int8 weights per channel",
     activation=NumberFormat(torch.uint8),
     weight=NumberFormat(torch.int8, symmetric=True, per_channel=True, narrow=True),
     stem_blocks=True,
+    deep_masks=True,
     round_to=16,
     absorbs=(
         "aten.relu.default",
@@ -56,17 +66,15 @@ TARGET = Target(
     rows=(
         # Conv with quantized input and output: QLinearConv. Without a quantized output it would run in float and
         # dequantize its weights at every call.
+        Row(_CONVS, "layer", ("input",), (floating, constant_weights, small_depthwise)),
         Row(
-            (
-                "aten.conv2d.default",
-                "aten.conv2d.padding",
-                "aten.conv1d.default",
-                "aten.conv1d.padding",
-                "aten.conv3d.default",
-            ),
+            _CONVS,
             "layer",
             ("input",),
             (floating, constant_weights),
+            form="large-depthwise",
+            optional=True,
+            reason="a depthwise convolution of 7x7 takes twice as long on integers as in float",
         ),
         # Gemm on a matrix, int32 bias: QGemm, with quantized or float output.
         Row(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -42,6 +43,14 @@ def floating(node: fx.Node) -> str | None:
     if isinstance(value, torch.Tensor) and value.dtype is torch.float32:
         return None
     return "it does not compute on float32"
+
+
+def small_depthwise(node: fx.Node) -> str | None:
+    """A convolution that is not depthwise, or reads fewer than 7x7 values of its channel."""
+    weight = _shape(node.args[1])
+    if argument(node, "groups") == 1 or weight is None or weight[1] != 1 or math.prod(weight[2:]) < 49:
+        return None
+    return "it is depthwise with a large window"
 
 
 def two_dimensional(node: fx.Node) -> str | None:
