@@ -117,6 +117,7 @@ def test_distil_brings_back_what_pruning_cost(digits, program):
         ("cleanup,prune{macs=0.8},distil{features=stam}", True, OptionError, "'stam'"),
         ("qat{labels=0.5}", True, OptionError, "no effect without soft"),
         ("finetune{learning_rate=-1}", True, OptionError, "learning_rate"),
+        ("finetune{augment=flip-shift-cutmix}", True, OptionError, "mixes pictures"),
     ],
 )
 def test_mistakes_are_explained(digits, program, pipeline, training, error, message):
@@ -124,6 +125,16 @@ def test_mistakes_are_explained(digits, program, pipeline, training, error, mess
     with pytest.raises(error, match=message) as caught:
         run(program, pipeline, data, [(digits.inputs[:32],)])
     assert "hint:" in str(caught.value)
+
+
+@pytest.mark.parametrize("last", ["finetune", "fuse-batchnorm{keep=true},qat"])
+def test_the_zeros_of_a_sparse_plan_stay(digits, program, last):
+    data, calibration = (digits.inputs[:256], digits.labels[:256]), [(digits.inputs[:64],)]
+    sparse = "cleanup,prune{kind=unstructured,params=0.5}"
+    before = run(program, sparse).state_dict()["right.0.0.weight"]
+    after = run(program, f"{sparse},{last}", data, calibration).state_dict()["right.0.0.weight"]
+    assert (before == 0).float().mean() > 0.2
+    assert (after[before == 0] == 0).all()
 
 
 def test_recipes_that_train_need_labelled_data(digits, program):

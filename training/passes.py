@@ -15,8 +15,8 @@ from ..errors import DataError, OptionError, QuantizationError
 from ..frontend.program import Program
 from ..passes.base import INTERFACE, Change, Context, Pass, register_pass
 from ..passes.fuse_batchnorm import FuseBatchNorm
-from ..passes.prune.passes import ORIGINAL
-from ..passes.prune.recovery.shuffle import AUGMENTATIONS
+from ..passes.prune.passes import ORIGINAL, RESULT
+from ..passes.prune.plan import PruningPlan
 from ..passes.quantize.fake_quant import FakeQuantize
 from ..passes.quantize.fold_fake_quant import FoldFakeQuantize
 from ..passes.quantize.passes import Annotate, Calibrate, Observe
@@ -58,10 +58,17 @@ class Training(Pass):
             seed=context.seed,
         )
 
-    def choices(self, context: Context) -> dict[str, Any]:
-        """What `train` is told beside its options."""
-        augment = None if self.augment == "none" else AUGMENTATIONS[self.augment]
-        return {"augment": augment, "progress": context.progress, "name": self.name}
+    def choices(self, context: Context, labels: float = 1.0) -> dict[str, Any]:
+        """What `train` is told beside its options. Weights that a sparse plan made zero stay zero. `labels` is what the
+        labels weigh: mixed pictures have none."""
+        if "cutmix" in self.augment and labels:
+            raise OptionError(
+                f"{self.augment} mixes pictures, not their labels", hint="distil with labels=0, or use flip-shift"
+            )
+        plan = context.results.get(RESULT)
+        sparse = plan if isinstance(plan, PruningPlan) and plan.masks else None
+        augment = None if self.augment == "none" else self.augment
+        return {"augment": augment, "progress": context.progress, "plan": sparse, "name": self.name}
 
 
 @register_pass
@@ -110,7 +117,7 @@ class Distil(Training):
         terms += [Features(_pairs(self.features))] if self.features else []
         terms += [Attention(_pairs(self.attention))] if self.attention else []
         objective = Distillation(program, teacher, terms, labels=self.labels, seed=context.seed)
-        options, choices = self.options(context), self.choices(context)
+        options, choices = self.options(context), self.choices(context, self.labels)
         return _trained(program, train(program, labelled(context), options, objective=objective, **choices))
 
 
@@ -140,12 +147,12 @@ class QAT(Training):
     def run(self, program: Program, context: Context) -> Change:
         if context.target is None:
             raise QuantizationError("quantization needs a target", hint="pass --target, for example ort-x86")
-        data, teacher = labelled(context), context.results.get(ORIGINAL)
-        teacher = teacher if isinstance(teacher, Program) else program.copy()
+        data, original = labelled(context), context.results.get(ORIGINAL)
+        teacher = original if isinstance(original, Program) or not self.soft else program.copy()
         fake = FakeQuantize(learn_scales=self.learn_scales, learn_zero_points=self.learn_zero_points)
         before = (FuseBatchNorm(keep=True), Annotate(self.keep_float), Observe(self.ranges), Calibrate(), fake)  # type: ignore[arg-type]
         notes = [note for step in before for note in step.run(program, context).notes]
-        choices = self.choices(context)
+        choices = self.choices(context, self.labels)
         if (objective := self._objective(program, teacher, context)) is not None:
             choices["objective"] = objective
         simulation = Simulation(fake, self.freeze)
@@ -154,8 +161,8 @@ class QAT(Training):
         change = FoldFakeQuantize().run(program, context)
         return Change(change.count, [*notes, *trained.notes(), *change.notes])
 
-    def _objective(self, program: Program, teacher: Program, context: Context) -> Objective | None:
-        if not self.soft:
+    def _objective(self, program: Program, teacher: Program | None, context: Context) -> Objective | None:
+        if not self.soft or teacher is None:
             if self.labels != 1.0:
                 raise OptionError("labels has no effect without soft", hint="give soft=0.9 too")
             return None
