@@ -115,6 +115,34 @@ def test_every_example_comes_once_an_epoch_in_nearly_equal_batches(program, data
     assert not torch.equal(seen[0][1], seen[3][1])
 
 
+def test_a_program_with_a_fixed_batch_trains_on_batches_of_that_size(data):
+    torch.manual_seed(0)
+    fixed = fxpress.capture(Small(), (data[0][:10],), dynamic_batch=False)
+    batches = list(zip(data[0].split(10), data[1].split(10)))
+    history = fxpress.train(fixed, batches, TrainingOptions(epochs=2, optimizer=AdamW(1e-2))).history
+    assert history[1].loss < history[0].loss
+    with pytest.raises(DataError, match="shape"):
+        fxpress.train(fixed, data)
+
+
+def test_several_inputs_and_named_ones():
+    class Two(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.left, self.right = nn.Linear(3, 4), nn.Linear(5, 4)
+
+        def forward(self, a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+            return self.left(a) + self.right(b)
+
+    generator = torch.Generator().manual_seed(0)
+    a, b = torch.randn(40, 3, generator=generator), torch.randn(40, 5, generator=generator)
+    labels = (a.sum(1) + b.sum(1) > 0).long()
+    program = fxpress.capture(Two(), (a[:2], b[:2]))
+    tuned = fxpress.finetune(program, (a, b, labels), TrainingOptions(epochs=3, batch_size=10))
+    named = [{"a": x, "b": y, "labels": z} for x, y, z in zip(a.split(10), b.split(10), labels.split(10))]
+    assert same(tuned, fxpress.finetune(program, named, TrainingOptions(epochs=3, batch_size=10)))
+
+
 def test_schedules():
     assert [Constant().factor(d) for d in (0, 0.5, 1)] == [1, 1, 1]
     assert [Step((0.5, 0.75), 0.1).factor(d) for d in (0.49, 0.5, 0.8)] == pytest.approx([1, 0.1, 0.01])

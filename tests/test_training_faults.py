@@ -11,9 +11,11 @@ import sys
 from contextlib import contextmanager
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
+from torch.utils.data import DataLoader, Dataset
 
 import fxpress
 from fxpress.errors import OutputError, TrainingError
@@ -95,6 +97,42 @@ def test_a_run_that_was_stopped_ends_with_the_same_bits(program, data, tmp_path,
     tensors = whole.program.state_dict()
     assert all(torch.equal(t, tensors[n]) for n, t in resumed.program.state_dict().items())
     assert told[0] > 1 or steps == (1,), "it went on, it did not begin again"
+
+
+class Rows(Dataset):
+    """Single examples, read by index."""
+
+    def __init__(self, data):
+        self.data = data
+
+    def __len__(self):
+        return len(self.data[1])
+
+    def __getitem__(self, index):
+        return self.data[0][index], self.data[1][index]
+
+
+def noisy_batches(data):
+    """A stream that draws from the global generators of torch and numpy."""
+    for x, y in zip(data[0].split(30), data[1].split(30)):
+        yield x + 0.1 * torch.randn(x.shape) + float(np.random.rand()), y
+
+
+@pytest.mark.parametrize("form", ["dataset", "loader", "function"])
+def test_a_stopped_run_goes_on_in_the_middle_of_any_data(program, data, tmp_path, form):
+    given = {
+        "dataset": Rows(data),
+        "loader": DataLoader(Rows(data), 30, shuffle=True),
+        "function": lambda: noisy_batches(data),
+    }[form]
+    options = TrainingOptions(epochs=3, batch_size=30)
+    whole = fxpress.train(program, given, options)
+    with pytest.raises(Stopped):
+        fxpress.train(program, given, options, progress=stop_at(5), checkpoint=tmp_path / "run", checkpoint_every=1)
+    resumed = fxpress.train(program, given, options, checkpoint=tmp_path / "run", checkpoint_every=1)
+    assert resumed.history == whole.history
+    tensors = whole.program.state_dict()
+    assert all(torch.equal(t, tensors[n]) for n, t in resumed.program.state_dict().items())
 
 
 def test_a_finished_run_returns_what_it_came_to(program, data, tmp_path):

@@ -112,7 +112,7 @@ def train(
             "steps": examples.steps,
             **{k: _called(f) for k, f in (("objective", objective), ("augment", augment), ("evaluate", evaluate))},
         }
-        saving = _saving(checkpoint, checkpoint_every, described)
+        saving = _saving(checkpoint, checkpoint_every, described, engine.is_first)
         move(copy, engine.device)
         judge = _judge(copy, objective, evaluate, held_out, engine)
         zeros = _keep_zeros(plan) if plan is not None else None
@@ -222,11 +222,12 @@ def _called(function: Any) -> str:
     return str(getattr(function, "__name__", type(function).__name__))
 
 
-def _saving(path: str | Path | None, every: int | None, described: dict[str, Any]) -> Saving | None:
+def _saving(path: str | Path | None, every: int | None, described: dict[str, Any], writes: bool) -> Saving | None:
     if path is None:
         return None
     if every is not None and every < 1:
         raise OptionError(f"checkpoint_every is {every}", hint="give a number of steps")
     folder = CheckpointFolder(path, described)
-    folder.check()
+    if writes:
+        folder.check()
     return Saving(folder, every)
