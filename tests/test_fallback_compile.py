@@ -191,6 +191,9 @@ def test_inspect_and_explain_show_it(artifact, capsys):
     assert "sensitivity, worst first" in text
     assert "b, activation: the outputs have SQNR" in text
     assert "keep_float=[conv2d_1" in text
+    page = (artifact.path / "report.html").read_text()
+    assert "Search under the allowed drop" in page
+    assert "only it quantized" in page
 
 
 # -- sensitivity ---------------------------------------------------------------------------------------------------
