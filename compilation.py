@@ -35,6 +35,7 @@ from .passes.quantize.annotate import named_nodes
 from .passes.quantize.spec import KEPT_REASON, Target
 from .placing import Placing, Timed, lower_and_time, speed_promise, tuning_json
 from .runtime.artifact import Artifact
+from .runtime.dynamic_layers import check_dynamic, dynamic_nodes
 from .runtime.elsewhere import judge_elsewhere
 from .runtime.evaluate import Evaluate, Metric
 from .runtime.feed import example_tensors, leaves, take
@@ -263,7 +264,7 @@ def judged_inputs(program: Program, batches: Batches | None) -> tuple[torch.Tens
 def judge_layers(compiled: Compiled, real: tuple[torch.Tensor, ...]) -> tuple[LayerParity | None, list[LayerRow]]:
     """Each quantized layer on its own, and the table of layers; nothing where nothing is quantized."""
     if compiled.floating is None:
-        return None, []
+        return (check_dynamic(compiled.final, real) if dynamic_nodes(compiled.final) else None), []
     few = layer_inputs(compiled.floating, real)
     rows = layer_table(compiled.floating, compiled.final, few)
     return check_layers(compiled.final, few), named_by_module(rows, compiled.floating)

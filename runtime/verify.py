@@ -27,7 +27,7 @@ from .session import Runnable, Session, make_session
 FLOAT_BOUND = 1e-4
 # PyTorch rounds every float16 result (to 2^-11 of it); ONNX Runtime on x86 keeps float32 between many of them.
 HALF_BOUND = 1e-2
-# Where a value is quantized as it comes, the last bit of it may decide between two of 255 steps.
+# Where a value is quantized as it comes (an LSTM's state too), its last bit may decide between two of 255 steps.
 DYNAMIC_BOUND = 1e-2
 _SQNR_CAP = 200.0
 _LEVELS = 255  # steps in the range of a float output, where no scale says how large a step is
@@ -70,16 +70,18 @@ class LayerSteps:
 
 @dataclass(frozen=True)
 class LayerParity:
-    """All layers. `share_equal` is over all values; `output_relative` is max |a - b| / max |b| of the float outputs."""
+    """All layers. `share_equal` is over all values; `output_relative` is max |a - b| / max |b| of the float outputs,
+    `bound` how large it may be."""
 
     layers: tuple[LayerSteps, ...]
     max_steps: int
     share_equal: float
     output_relative: float
+    bound: float = FLOAT_BOUND
 
     @property
     def kept(self) -> bool:
-        return self.max_steps <= 1 and self.output_relative <= FLOAT_BOUND
+        return self.max_steps <= 1 and self.output_relative <= self.bound
 
 
 @dataclass(frozen=True)
@@ -122,19 +124,23 @@ def check_parity(
     sizes = tuple(batches) if has_dynamic_batch(program) else (int(example_tensors(program)[0].shape[0]),)
     generator = torch.Generator().manual_seed(seed)
     sites = quantized_sites(program)
-    tally = _Tally(_output_steps(program, sites), float_bound(program))
+    quantized = bool(sites) or any(map(is_dynamic, program.graph.nodes))
+    tally = _Tally(_output_steps(program, quantized), float_bound(program))
     for i, batch in enumerate(sizes):
         if real_inputs is None or i % 2 or len(sizes) == 1:
             tally.compare(program, session, random_inputs(program, batch, generator))
         if real_inputs is not None and i % 2 == 0:
             tally.compare(program, session, take(program, real_inputs, batch))
-    return tally.parity(sizes, quantized=bool(sites))
+    return tally.parity(sizes, quantized)
+
+
+def is_dynamic(node: fx.Node) -> bool:
+    """Does a node quantize its input as it runs?"""
+    return str(node.target).startswith("fxpress.dynamic")
 
 
 def float_bound(program: Program) -> float:
     """How far PyTorch and ONNX Runtime may differ, relative to the largest output value, where nothing is quantized."""
-    if any(str(n.target).startswith("fxpress.dynamic") for n in program.graph.nodes):
-        return DYNAMIC_BOUND
     values = (n.meta.get("val") for n in program.graph.nodes)
     return HALF_BOUND if any(isinstance(v, torch.Tensor) and v.dtype is torch.float16 for v in values) else FLOAT_BOUND
 
@@ -143,9 +149,9 @@ def _to_numpy(x: torch.Tensor) -> np.ndarray:
     return x.detach().cpu().numpy()
 
 
-def _output_steps(program: Program, sites: tuple[Site, ...]) -> list[float | None]:
+def _output_steps(program: Program, quantized: bool) -> list[float | None]:
     """For each output its step: 0 for a float program, the scale of a dequantized tensor, else None."""
-    if not sites:
+    if not quantized:
         return [0.0] * len(program.outputs)
     return [_step_of(node) for node in program.output_nodes()]
 

@@ -55,10 +55,9 @@ def _expansion_of(node: fx.Node, target: Target) -> Expansion | None:
 def may_turn_on(node: fx.Node, target: Target) -> bool:
     """Does the target have an optional row for the node, or for what it is expanded into?"""
     expansion = EXPANSIONS.get(str(node.target)) if str(node.target) in target.expand else None
-    if expansion is not None and target.forms.get(expansion.form) is False:
-        return True
-    applicable = [r for r in target.rows_about(node) if r.declines(node) is None]
-    return bool(applicable) and applicable[0].optional
+    return any(r.optional for r in target.rows_about(node)) or (
+        expansion is not None and target.forms.get(expansion.form) is False
+    )
 
 
 def _inherit(before: fx.Node, node: fx.Node) -> None:
