@@ -27,6 +27,7 @@ from .frontend.cost import count_macs, op_name
 from .frontend.program import Program, layer_name, module_path
 from .passes.base import VALUES, Context, Pass
 from .passes.manager import PassManager
+from .passes.memory import return_memory
 from .passes.pipeline import make_pass, parse_pipeline, print_pipeline
 from .passes.prune.groups import find_pinned
 from .passes.prune.plan import PruningPlan
@@ -41,9 +42,10 @@ from .runtime.evaluate import Evaluate, Metric
 from .runtime.feed import example_tensors, leaves, take
 from .runtime.latency import MeasuredLatencies, cache_folder
 from .runtime.manifest import Manifest
+from .runtime.model_file import ModelFile
 from .runtime.report.build import Figures, Findings, Promise, build_report
 from .runtime.report.environment import installed
-from .runtime.session import Session
+from .runtime.session import Session, make_session
 from .runtime.verify import LayerParity, LayerRow, Parity, check_layers, check_parity, layer_table
 from .settings import Compiled, Progress, Settings, Stages, first_quantizer, judges_speed, trains
 from .training.passes import QAT
@@ -78,14 +80,18 @@ def compile_program(
         compiled, known = fast, (known[0], None) if known else None
     float_model, model, session, timing = timed.float_model, timed.model, timed.session, timed.timing
     with stages.step("verify"):
-        reference_parity = check_parity(reference, timed.float_session, real_inputs=real, seed=settings.seed)
+        float_session = timed.float_session or make_session(float_model.source)
+        timed = dataclasses.replace(timed, float_session=None)
+        reference_parity = check_parity(reference, float_session, real_inputs=real, seed=settings.seed)
+        del float_session  # as large as the model
+        return_memory()
         parity = check_parity(compiled.final, session, real_inputs=real, seed=settings.seed)
         layer_parity, rows = judge_layers(compiled, real)
         sqnr = output_sqnr(reference, session, real)
     elsewhere = None
     if compiled.floating is not None and settings.target.runtime != "onnxruntime":
         with stages.step(settings.target.name) as record:
-            elsewhere = judge_elsewhere(compiled.final, float_model, model, real, settings.target)
+            elsewhere = judge_elsewhere(compiled.final, float_model.load(), model, real, settings.target)
             record.notes += elsewhere.notes if elsewhere else []
     with stages.step("evaluate"):
         metrics = judge_both(evaluate, reference, compiled.final, session, known)
@@ -96,8 +102,8 @@ def compile_program(
         seed=settings.seed,
         threads=settings.threads,
         stages=stages.records,
-        before=figures(reference, float_model, timing.first_ms, metrics[0]),
-        after=figures(compiled.final, model, timing.second_ms, metrics[1], compiled.floating),
+        before=figures(reference, float_model.size_bytes, timing.first_ms, metrics[0]),
+        after=figures(compiled.final, model.ByteSize(), timing.second_ms, metrics[1], compiled.floating),
         speedup=timing.ratio,
         metric=metrics[1],
         parity=parity,
@@ -354,7 +360,7 @@ def parity_promise(compiled: Compiled, parity: Parity, layers: LayerParity | Non
 
 def figures(
     program: Program,
-    model: onnx.ModelProto,
+    size_bytes: int,
     latency_ms: float,
     metric: Metric | None,
     floating: Program | None = None,
@@ -365,7 +371,7 @@ def figures(
     layer may multiply besides.
     """
     return Figures(
-        size_bytes=model.ByteSize(),
+        size_bytes=size_bytes,
         parameters=program.parameter_count,
         macs=count_macs(floating or program),
         latency_ms=latency_ms,
@@ -374,12 +380,12 @@ def figures(
 
 
 def compressed_sizes(
-    plan: PruningPlan | None, float_model: onnx.ModelProto, model: onnx.ModelProto
+    plan: PruningPlan | None, float_model: ModelFile, model: onnx.ModelProto
 ) -> tuple[int, int] | None:
     """The bytes of both files after zlib, which is all that zeros among the weights are good for; None without them."""
     if plan is None or not plan.masks:
         return None
-    before, after = (len(zlib.compress(m.SerializeToString())) for m in (float_model, model))
+    before, after = (len(zlib.compress(m.SerializeToString())) for m in (float_model.load(), model))
     return before, after
 
 

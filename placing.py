@@ -20,10 +20,12 @@ from .backends.onnx.lower import lower
 from .errors import QuantizationError
 from .frontend.program import Program, StageRecord
 from .passes.base import Context, Pass
+from .passes.memory import return_memory
 from .passes.quantize.spec import Target
 from .runtime.benchmark import Timing, compare_latency
 from .runtime.feed import example_tensors, take
 from .runtime.latency import cache_folder
+from .runtime.model_file import ModelFile
 from .runtime.placement_trials import placed
 from .runtime.report.build import Promise
 from .runtime.session import Session, make_session
@@ -38,9 +40,9 @@ _HERE = "ONNX Runtime, here"
 class Timed:
     """The float model and the compiled one, loaded and timed against each other."""
 
-    float_model: onnx.ModelProto
+    float_model: ModelFile
     model: onnx.ModelProto
-    float_session: Session
+    float_session: Session | None
     session: Session
     timing: Timing
 
@@ -53,8 +55,10 @@ class Timed:
 
 def lower_and_time(float_program: Program, final: Program, reference: Program, threads: int) -> Timed:
     """Both as ONNX, and their latencies on one example."""
-    float_model, model = lower(float_program), lower(final)
-    float_session, session = make_session(float_model, threads=threads), make_session(model, threads=threads)
+    float_model, model = ModelFile(float_program), lower(final)
+    float_session = make_session(float_model.source, threads=threads)
+    session = make_session(model, threads=threads)
+    return_memory()
     return Timed(float_model, model, float_session, session, time_models(float_session, session, reference, threads))
 
 

@@ -12,7 +12,7 @@ from typing import Any
 from .frontend.preprocess import Preprocess
 from .frontend.program import Program, StageRecord
 from .passes.base import Pass, Processes
-from .passes.memory import peak_memory
+from .passes.memory import peak_memory, return_memory
 from .passes.prune.plan import PruningPlan
 from .passes.quantize.placement.fallback import Budget
 from .passes.quantize.spec import Target
@@ -62,6 +62,7 @@ class Stages:
         record, start = StageRecord(name), time.perf_counter()
         with peak_memory() as memory:
             yield record
+        return_memory()
         record.seconds, record.peak_rss_mb = time.perf_counter() - start, memory.megabytes
         self.records.append(record)
 

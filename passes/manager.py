@@ -22,7 +22,7 @@ from .._version import __version__
 from ..errors import FxpressError, OutputError, PassError
 from ..frontend.program import Program, StageRecord
 from .base import VALUES, Change, Context, Pass
-from .memory import peak_memory
+from .memory import peak_memory, return_memory
 from .pipeline import parse_pipeline, print_pipeline
 from .verify import check_interface, check_structure, check_values, fingerprint, follow_weights
 
@@ -92,6 +92,7 @@ class PassManager:
             check_interface(item, shell, program)
         if before is not None and change.count:
             check_values(item, before, program)
+        return_memory()
         program.log.append(StageRecord(item.name, seconds, change.count, change.notes, memory.megabytes))
         if self.dump:
             write_dump(self.dump, self.first + i + 1, item.name, program, ops_before)

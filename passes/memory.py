@@ -1,10 +1,12 @@
-"""Peak memory of a stretch of code, as the operating system saw it."""
+"""Peak memory of a stretch of code, as the operating system saw it; and giving back what is free."""
 
 from __future__ import annotations
 
 import contextlib
+import ctypes
+import functools
 import resource
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -37,3 +39,20 @@ def _high_water() -> float:
             if line.startswith("VmHWM:"):
                 return float(line.split()[1]) * 1024
     return float(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss) * 1024
+
+
+def return_memory() -> None:
+    """Give memory that the process has freed back to the operating system, where its C library can do that.
+
+    glibc otherwise keeps it for later: a hundred MB and more after large weights were moved about.
+    """
+    trim = _trim()
+    if trim is not None:
+        trim(0)
+
+
+@functools.cache
+def _trim() -> Callable[[int], int] | None:
+    with contextlib.suppress(OSError, AttributeError):
+        return ctypes.CDLL(None).malloc_trim  # type: ignore[no-any-return]
+    return None

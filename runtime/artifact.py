@@ -18,6 +18,7 @@ from onnx import ModelProto
 from ..errors import ArtifactError, OutputError
 from .atomic import check_writable, replace_folder
 from .manifest import FLOAT_MODEL, MODEL, Manifest, is_artifact
+from .model_file import ModelFile
 from .report.page import render_page
 from .report.words import comparison, percent
 
@@ -36,8 +37,13 @@ class Artifact:
     onnx: ModelProto
     report: dict[str, Any]
     manifest: Manifest
-    float_onnx: ModelProto | None = field(default=None, repr=False)
+    float_model: ModelFile | None = field(default=None, repr=False)
     path: Path | None = None
+
+    @property
+    def float_onnx(self) -> ModelProto | None:
+        """The float model, read from its file at every look."""
+        return self.float_model.load() if self.float_model is not None else None
 
     @property
     def kept(self) -> bool:
@@ -53,8 +59,8 @@ class Artifact:
 
     def _write(self, folder: Path) -> None:
         _write_model(self.onnx, folder / MODEL)
-        if self.float_onnx is not None:
-            _write_model(self.float_onnx, folder / FLOAT_MODEL)
+        if self.float_model is not None:
+            _write_model(self.float_model.load(), folder / FLOAT_MODEL)
         (folder / REPORT).write_text(json.dumps(self.report, indent=1, allow_nan=False) + "\n", encoding="utf-8")
         (folder / PAGE).write_text(render_page(self.report), encoding="utf-8")
         self.manifest.write(folder)

@@ -20,6 +20,7 @@ from ..backends.onnx.lower import lower
 from ..errors import VerificationError
 from ..frontend.operators import dequantize, quantize
 from ..frontend.program import Program
+from ..passes.memory import return_memory
 from .cut import Cut, Site, cut_program, leading_op, quantized_sites, watch, weight_bytes
 from .feed import example_tensors, examples, has_dynamic_batch, leaves, random_inputs, take
 from .session import Runnable, Session, make_session
@@ -264,6 +265,7 @@ def check_layers(
     worst = 0.0
     for example in examples(program, inputs):
         worst = max(worst, _compare_layers(program, cut, session, example, counters))
+        return_memory()
     layers = tuple(LayerSteps(s.layer, c.most, c.share) for s, c in zip(cut.sites, counters))
     total = sum(c.count for c in counters)
     return LayerParity(layers, max(c.most for c in counters), sum(c.equal for c in counters) / max(total, 1), worst)
@@ -309,6 +311,7 @@ def layer_table(float_program: Program, quantized_program: Program, inputs: Sequ
     noises = [(_Noise(), _Noise()) for _ in cut.sites]
     for example in examples(quantized_program, inputs):
         _add_example(float_program, quantized_program, cut, example, noises)
+        return_memory()
     return [
         _row(site, quantized_program, isolated, accumulated) for site, (isolated, accumulated) in zip(cut.sites, noises)
     ]

@@ -6,6 +6,7 @@ value does not exist on the target); where x comes from a float op or is an inpu
 
 from __future__ import annotations
 
+import contextlib
 import functools
 from collections.abc import Iterable
 from dataclasses import dataclass, field
@@ -159,15 +160,8 @@ def calibrate_program(program: Program, batches: Iterable[tuple[torch.Tensor, ..
     """Run all batches and let the observers see them. Memory is that of a small part of a batch. Returns the number of
     samples."""
     sites = sites_of(program)
-    runner = Runner(program)
-    count = 0
-    for batch in own_batches(batches, context.processes):
-        for part in in_parts(program, batch):
-            samples = int(part[0].shape[0]) if part[0].ndim else 1
-            runner.run_batch(part, functools.partial(_show, sites, samples))
-            count += samples
-        if context.progress:
-            context.progress("calibrate", count, None)
+    with contextlib.closing(Runner(program)) as runner:
+        count = _observe_batches(program, runner, own_batches(batches, context.processes), context)
     if sites.samples and context.processes is not None:
         raise QuantizationError("these observers have seen data before", hint="calibrate again in one process")
     observing = {f"{s.key} {s.layer}": s for s in sites.by_key.values() if s.observer is not None}
@@ -177,6 +171,21 @@ def calibrate_program(program: Program, batches: Iterable[tuple[torch.Tensor, ..
     if count == 0:
         raise DataError("the calibration data is empty", hint="give at least one batch, better 100 to 1000 samples")
     sites.samples += count
+    return count
+
+
+def _observe_batches(
+    program: Program, runner: Runner, batches: Iterable[tuple[torch.Tensor, ...]], context: Context
+) -> int:
+    """Show all batches to the observers. Returns the number of samples."""
+    sites, count = sites_of(program), 0
+    for batch in batches:
+        for part in in_parts(program, batch):
+            samples = int(part[0].shape[0]) if part[0].ndim else 1
+            runner.run_batch(part, functools.partial(_show, sites, samples))
+            count += samples
+        if context.progress:
+            context.progress("calibrate", count, None)
     return count
 
 

@@ -16,6 +16,7 @@ import torch
 from torch import fx
 
 from ...frontend.program import Program
+from ..memory import return_memory
 from ..rewrite import argument, aten, constant, is_constant, is_op
 
 # (key of an observe node, value) -> the value that the program goes on with
@@ -44,6 +45,13 @@ class Runner(fx.Interpreter):
         leaves = [next(given) if isinstance(e, torch.Tensor) else e for e in self.example]
         with torch.no_grad():
             return self.run(*leaves, enable_io_processing=False)
+
+    def close(self) -> None:
+        """Forget the prepared weights, as large as the program's own."""
+        for node in self.graph.nodes:
+            if isinstance(node.target, (PreparedConvolution, Held)):
+                node.target.forget()
+        return_memory()
 
     def call_function(self, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         if target is not torch.ops.fxpress.observe.default:
@@ -156,6 +164,10 @@ class Held:
     def __call__(self) -> torch.Tensor:
         return self.value
 
+    def forget(self) -> None:
+        """Let the tensor go."""
+        del self.value
+
 
 class PreparedConvolution:
     """A 2-D convolution with packed weights: x [N, C, H, W] -> [N, O, H', W'], with its activation function.
@@ -175,6 +187,10 @@ class PreparedConvolution:
         return torch.ops.mkldnn._convolution_pointwise(
             x, self.weight, self.bias, *self.options, self.activation, [], ""
         )
+
+    def forget(self) -> None:
+        """Let the weights go."""
+        del self.weight
 
 
 def _prepare(program: Program, node: fx.Node, weights: Weights | None) -> PreparedConvolution | None:

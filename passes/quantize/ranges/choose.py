@@ -10,6 +10,7 @@ rules) and each observed value rounded where it is read. That leaves out the rou
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import math
 from collections.abc import Iterable, Iterator
@@ -40,12 +41,13 @@ def choose_ranges(program: Program, target: Target, weight_ranges: str, context:
     if not candidates or not sites.samples or context.calibration is None:
         return []
     parts = list(_first_samples(program, context.calibration))
-    expected = list(_outputs(Runner(program), parts, {}))
-    runner = Runner(program, functools.partial(_rounded_weights, target, weight_ranges))
+    with contextlib.closing(Runner(program)) as runner:
+        expected = list(_outputs(runner, parts, {}))
     scores = {}
-    for rule in CANDIDATES:
-        _choose(candidates, rule)
-        scores[rule] = mean_sqnr(expected, _outputs(runner, parts, _roundings(sites, target)))
+    with contextlib.closing(Runner(program, functools.partial(_rounded_weights, target, weight_ranges))) as runner:
+        for rule in CANDIDATES:
+            _choose(candidates, rule)
+            scores[rule] = mean_sqnr(expected, _outputs(runner, parts, _roundings(sites, target)))
     best = max(scores, key=lambda rule: scores[rule])
     _choose(candidates, best)
     listed = ", ".join(f"{rule} {score:.1f} dB" for rule, score in scores.items())
