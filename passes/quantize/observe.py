@@ -160,6 +160,8 @@ def calibrate_program(program: Program, batches: Iterable[tuple[torch.Tensor, ..
     """Run all batches and let the observers see them. Memory is that of a small part of a batch. Returns the number of
     samples."""
     sites = sites_of(program)
+    if program.training:
+        raise QuantizationError("the program is in training mode", hint="call program.eval() first")
     with contextlib.closing(Runner(program)) as runner:
         count = _observe_batches(program, runner, own_batches(batches, context.processes), context)
     if sites.samples and context.processes is not None:

@@ -19,7 +19,7 @@ from ...frontend.program import Program
 from ..memory import return_memory
 from ..rewrite import argument, aten, constant, is_constant, is_op
 
-# (key of an observe node, value) -> the value that the program goes on with
+# (key of an observe node, value) -> the value that the program goes on with, and may write into
 Handle = Callable[[int, torch.Tensor], torch.Tensor]
 # (layer, its weights) -> the weights to compute with
 Weights = Callable[[fx.Node, torch.Tensor], torch.Tensor]
