@@ -27,7 +27,9 @@ from .conversions import Conversions, conversion_model, conversion_seconds
 from .feed import example_tensors, take
 from .latency import LatencyTable, kernel_seconds
 from .layouts import Layouts, image
+from .probes import PROBE, probed
 
+_METHOD = "part-2"  # how parts are timed: figures that were measured otherwise are not taken
 _LAYOUT = frozenset({"ReorderInput", "ReorderOutput"})
 _CONVERSIONS = frozenset({"QuantizeLinear", "DequantizeLinear"})
 
@@ -44,7 +46,7 @@ class PartClock:
 
     def part(self, model: onnx.ModelProto) -> float:
         """The kernel time of a part."""
-        return self._known(f"part {signature(model)}", lambda: self._time_part(model))
+        return self._known(f"{_METHOD} {signature(model)}", lambda: self._time_part(model))
 
     def conversions(self, shape: tuple[int, ...], within: bool) -> Conversions:
         """The conversions of a tensor; `within` a network there are changes of layout besides."""
@@ -59,14 +61,18 @@ class PartClock:
         names = [f.name for f in fields(Conversions)]
         return Conversions(*(self._known(f"{name} {key}", functools.partial(measure, name)) for name in names))
 
-    def _time_part(self, model: onnx.ModelProto) -> float:
+    def _time_part(self, part: onnx.ModelProto) -> float:
+        model = probed(part)
+        between = model is not part
         own = {n.name for n in model.graph.node}
         outer = {v.name for v in (*model.graph.input, *model.graph.output)}
         borders = {n.name for n in model.graph.node if n.op_type in _CONVERSIONS and _turns_float(n) in outer}
 
         def ignored(op: str, node: str) -> bool:
-            # The runtime adds transposes around integer convolutions, which it takes away again between two.
-            return op in _LAYOUT or node in borders or (op == "Transpose" and node not in own)
+            if op in _LAYOUT or node in borders or node.startswith(PROBE):
+                return True
+            # The runtime adds transposes around integer convolutions; at the ends they are there for the cut alone.
+            return op == "Transpose" and node not in own and not between
 
         return kernel_seconds(model.SerializeToString(), self.effort, self.threads, ignored)
 

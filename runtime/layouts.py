@@ -60,10 +60,10 @@ class Layouts:
         ends = [(n, i) for n, i in readers if n.op == "call_function"]
         if is_plain(node):
             for reader, atom in ends:
-                self._leave(atom, times.block if is_bound(reader) else 0.0, times.to_blocks - times.block)
+                self._leave(atom, times.block if is_bound(reader) else 0.0)
             return
         if any(is_plain(reader) for reader, _ in ends):
-            self._leave(producer, times.unblock, times.from_blocks - times.unblock)
+            self._leave(producer, times.unblock)
         targets = {self._layout(reader, atom) for reader, atom in ends if not is_plain(reader)}
         source = self._layout(node, producer)
         if targets - {source}:
@@ -83,11 +83,8 @@ class Layouts:
             self.tensors.append(Tensor(atom, (self._free[atom],), 0.0, _ALWAYS))
         return self._free[atom]
 
-    def _leave(self, index: int, floating: float, integer: float) -> None:
-        """An atom next to a plain one pays whatever is decided."""
+    def _leave(self, index: int, seconds: float) -> None:
+        """A float atom next to a plain one pays whatever is decided; of an integer one it is timed with its part."""
         atom = self.atoms[index]
-        self.atoms[index] = Atom(
-            atom.name,
-            None if atom.floating is None else atom.floating + floating,
-            None if atom.integer is None else atom.integer + integer,
-        )
+        floating = None if atom.floating is None else atom.floating + seconds
+        self.atoms[index] = Atom(atom.name, floating, atom.integer)

@@ -144,7 +144,7 @@ class _Search:
         everything = self._try_floats("all integer, all forms", self.program_floats())
         self._propose(problem, everything or integer)
         self._refine(problem)
-        best = self._finish(integer)
+        best, integer = self._finish(integer)
         return Tuning(best, integer, tuple(self.trials), self.clock.measured, time.monotonic() - self.started)
 
     def program_floats(self) -> frozenset[int]:
@@ -234,20 +234,20 @@ class _Search:
         names = [self.atoms.members[i][0] for i in sorted(atoms)]
         return names[0] if len(names) == 1 else f"{names[0]} and {len(names) - 1} more"
 
-    def _finish(self, integer: Trial) -> Trial:
+    def _finish(self, integer: Trial) -> tuple[Trial, Trial]:
         """Step 5."""
         known = [t for t in self.trials if t.sqnr_db >= integer.sqnr_db - _LOSS_DB]
         finalists = sorted(known, key=lambda t: -t.speed)[:_FINALISTS]
         chosen = {t.placement: t for t in (integer, *finalists)}
-        again = {p: self.bench.again(t, 2 * self.bench.seconds) for p, t in chosen.items()}
+        again = {p: self.bench.again(t) for p, t in chosen.items()}
         self.trials = [again.get(t.placement, t) for t in self.trials]
-        best = max(again.values(), key=lambda t: t.speed)
         start = again[integer.placement]
-        best = start if best.speed < start.speed * (1 + _WORTH) else best
+        rivals = sorted((t for t in again.values() if t is not start), key=lambda t: -t.speed)
+        best = next((t for t in rivals if t.speed > start.speed * (1 + _WORTH)), start)
         if best.high < 1:
             nothing = Placement("all float", (), (), frozenset())
             best = Trial(nothing, 1.0, 1.0, 1.0, best.milliseconds * best.speed, EXACT_DB)
-        return best
+        return best, start
 
     # -- trials ------------------------------------------------------------------------------------------------------
 

@@ -235,7 +235,7 @@ def imagined(program, monkeypatch):
 
         monkeypatch.setattr(tuning, "measure_problem", measured)
         monkeypatch.setattr(TrialBench, "measure", time_whole)
-        monkeypatch.setattr(TrialBench, "again", lambda bench, trial, seconds: trial)
+        monkeypatch.setattr(TrialBench, "again", lambda bench, trial: trial)
 
     return set_up
 
