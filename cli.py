@@ -105,6 +105,9 @@ def compile_(
     allow_slower: Annotated[
         bool, typer.Option("--allow-slower", help="keep a quantized model that is slower than the float model")
     ] = False,
+    distributed: Annotated[
+        bool, typer.Option("--distributed", help="share calibration: torchrun --nproc-per-node 2 --no-python fxpress")
+    ] = False,
     seed: Seed = 0,
     threads: Threads = 1,
     dump: Dump = None,
@@ -120,7 +123,7 @@ def compile_(
     load_plugins(plugin or [])
     request = Request(
         model, data, eval_data, train_data, weights, input_size, preprocess, samples, target, prune, recipe, pipeline,
-        max_drop, search_seconds, search_trials, journal, tune, allow_slower, seed, threads, dump, output,
+        max_drop, search_seconds, search_trials, journal, tune, allow_slower, seed, threads, dump, output, distributed,
     )  # fmt: skip
     return compile_model(request, as_json)
 

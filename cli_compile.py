@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -46,6 +47,7 @@ class Request:
     threads: int = 1
     dump: Path | None = None
     output: Path = Path("out")
+    distributed: bool = False
 
 
 def compile_model(request: Request, as_json: bool) -> int:
@@ -88,7 +90,10 @@ def compile_model(request: Request, as_json: bool) -> int:
             labels=next((d.classes for d in (judged, data) if d is not None and d.classes), ()),
             dump=request.dump,
             progress=progress,
+            distributed=request.distributed,
         )
+    if request.distributed and os.environ.get("RANK", "0") != "0":
+        return 0 if artifact.kept else MISSED  # the first process speaks for all
     show_report(artifact.report)
     say(f"compiled in {time.perf_counter() - start:.1f} s: {request.output / 'report.html'}")
     if as_json:
