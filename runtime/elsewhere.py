@@ -46,7 +46,8 @@ def judge_elsewhere(
     if target.runtime == "openvino" and is_installed():
         return _in_openvino(found, program, float_model, model, inputs)
     missing = " (install fxpress[openvino] to verify it there)" if target.runtime == "openvino" else ""
-    return replace(found, notes=[f"not run on {target.name} here{missing}: form and numbers are checked, speed is not"])
+    note = f"not run on {target.name} here{missing}: form and numbers are checked, speed is not"
+    return replace(found, promises=[replace(form, detail=f"{detail}; {note}")], notes=[note])
 
 
 def _in_openvino(

@@ -258,6 +258,7 @@ def test_the_report_says_what_was_not_run(name):
     report = fxpress.compile(module, (data[0],), calibration=data, target=name, recipe="int8").report
     promises = {p["name"]: p for p in report["promises"]}
     assert promises["structure"]["kept"]
+    assert "not run" in promises["structure"]["detail"]
     (stage,) = (s for s in report["stages"] if s["pass"] == name)
     assert f"not run on {name} here" in stage["notes"][0]
     assert report["coverage"]["integer_macs"] == 1.0
