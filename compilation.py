@@ -21,10 +21,10 @@ from torch import fx
 
 from .allowance import Allowance, Settled, drop_promise, judge_both, judge_float, runtime_judge, settle
 from .allowance_report import as_json, describe
-from .backends.coverage import Coverage, float_reasons, measure_coverage
+from .backends.coverage import Coverage, measure_coverage
 from .frontend.batches import Batches, examples_in
 from .frontend.cost import count_macs, op_name
-from .frontend.program import Program, layer_name, module_path
+from .frontend.program import Program, module_path
 from .passes.base import VALUES, Context, Pass
 from .passes.manager import PassManager
 from .passes.memory import return_memory
@@ -32,8 +32,8 @@ from .passes.pipeline import make_pass, parse_pipeline, print_pipeline
 from .passes.prune.groups import find_pinned
 from .passes.prune.plan import PruningPlan
 from .passes.prune.rules.table import analyze
-from .passes.quantize.annotate import named_nodes
-from .passes.quantize.spec import KEPT_REASON, Target
+from .passes.quantize.reasons import stated_reasons
+from .passes.quantize.spec import Target
 from .placing import Placing, Timed, lower_and_time, speed_promise, tuning_json
 from .runtime.artifact import Artifact
 from .runtime.dynamic_layers import check_dynamic, dynamic_nodes
@@ -304,9 +304,7 @@ def _computing(node: fx.Node, op: str) -> fx.Node:
 def judge_coverage(model: onnx.ModelProto, compiled: Compiled, settings: Settings) -> Coverage:
     """Integer coverage, each float island with the reason that the target's table or the pipeline gives."""
     if compiled.floating is not None:
-        globs = [glob for p in compiled.passes for glob in getattr(p, "keep_float", ())]
-        reasons = {layer_name(n): KEPT_REASON for n in named_nodes(compiled.floating, globs, "keep_float")}
-        reasons |= float_reasons(compiled.floating, settings.target)
+        reasons = stated_reasons(compiled.final)
         return measure_coverage(model, reasons, settings.target.session)
     coverage = measure_coverage(model)
     if coverage.integer_macs:  # quantized as it runs

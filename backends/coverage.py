@@ -8,7 +8,6 @@ are counted on our own graph and looked up by name in the optimized one.
 from __future__ import annotations
 
 import math
-import re
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -17,7 +16,8 @@ from pathlib import Path
 import onnx
 
 from ..frontend.program import Program, layer_name
-from ..passes.quantize.spec import KEPT_REASON, Target
+from ..passes.quantize.reasons import Reason
+from ..passes.quantize.spec import Target
 
 INTEGER_OPS = frozenset(
     {"QLinearConv", "ConvInteger", "QGemm", "QLinearMatMul", "MatMulInteger", "MatMulIntegerToFloat", "QAttention"}
@@ -50,12 +50,13 @@ class Coverage:
 
 
 def measure_coverage(
-    model: onnx.ModelProto, reasons: Mapping[str, str] | None = None, session: Sequence[tuple[str, str]] = ()
+    model: onnx.ModelProto, reasons: Mapping[str, Reason] | None = None, session: Sequence[tuple[str, str]] = ()
 ) -> Coverage:
-    """Load `model` into ONNX Runtime and count MACs by kernel. `reasons` (see `float_reasons`) explains float nodes,
-    `session` are entries of its session options (`Target.session`)."""
+    """Load `model` into ONNX Runtime and count MACs by kernel. `reasons` (by fx node, see `stated_reasons`, or by node)
+    explains float nodes, `session` are entries of its session options (`Target.session`)."""
     macs = dict(node_macs(model))
     optimized = optimized_graph(model, session=session)
+    origins = {n.name: p.value for n in model.graph.node for p in n.metadata_props if p.key == "fxpress.node"}
     total, integer, islands = sum(macs.values()), 0, []
     found: dict[str, onnx.NodeProto] = {}
     for node in optimized.node:
@@ -68,7 +69,8 @@ def measure_coverage(
         if op in INTEGER_OPS:
             integer += count
         else:
-            islands.append(_island(name, op, count, node, optimized, reasons or {}))
+            stated = (reasons or {}).get(origins.get(name, name)) or (reasons or {}).get(name)
+            islands.append(_island(name, op, count, node, optimized, stated))
     kernels: dict[str, int] = {}
     for node in optimized.node:
         kernels[node.op_type] = kernels.get(node.op_type, 0) + 1
@@ -177,21 +179,11 @@ def _origin(name: str, macs: Mapping[str, int]) -> str | None:
     return name if name in macs else None
 
 
-def _stated(name: str, reasons: Mapping[str, str]) -> str | None:
-    """The reason of the layer that a node is named after; a number behind the name tells nodes of one layer apart."""
-    plain = re.sub(r"_\d+$", "", name)
-    exact = reasons.get(name)
-    return exact or next((r for layer, r in reasons.items() if name.startswith(f"{layer}/")), reasons.get(plain))
-
-
 def _island(
-    name: str, op: str, macs: int, node: onnx.NodeProto | None, graph: onnx.GraphProto, reasons: Mapping[str, str]
+    name: str, op: str, macs: int, node: onnx.NodeProto | None, graph: onnx.GraphProto, stated: Reason | None
 ) -> Island:
-    stated = _stated(name, reasons)
-    if stated == KEPT_REASON:
-        return Island(name, op, macs, stated, "take it out of keep_float, or allow a larger --max-drop")
     if stated is not None:
-        return Island(name, op, macs, stated, "a target whose table has a row for it")
+        return Island(name, op, macs, *stated)
     dequantized = {o for n in graph.node if n.op_type == "DequantizeLinear" for o in n.output}
     weights = dequantized & set(node.input) if node else set()
     if weights:

@@ -5,8 +5,11 @@ from __future__ import annotations
 import numpy as np
 import onnx
 import pytest
+import torch
 from onnx import TensorProto, helper, numpy_helper
+from torch import nn
 
+import fxpress
 from fxpress.backends.coverage import measure_coverage, node_macs
 
 
@@ -62,5 +65,34 @@ def test_a_conv_without_quantized_output_is_an_island():
 
 
 def test_stated_reasons_are_given():
-    coverage = measure_coverage(two_convs(False), {"second": "no row"})
-    assert coverage.islands[0].reason == "no row"
+    coverage = measure_coverage(two_convs(False), {"second": ("no row", "another target")})
+    assert (coverage.islands[0].reason, coverage.islands[0].hint) == ("no row", "another target")
+
+
+class Small(nn.Module):
+    """A convolution, attention without weights, a large depthwise convolution, a transposed convolution."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.wide = nn.Conv2d(8, 8, 3, padding=1), nn.Conv2d(8, 8, 7, padding=3, groups=8)
+        self.kept, self.up = nn.Conv2d(8, 8, 1), nn.ConvTranspose2d(8, 8, 2, stride=2)
+
+    def forward(self, x):
+        tokens = self.first(x).flatten(2)
+        x = nn.functional.scaled_dot_product_attention(tokens, tokens, tokens).reshape(x.shape)
+        return self.up(self.kept(self.wide(x)))
+
+
+def test_every_float_island_has_its_reason_and_what_would_change_it():
+    torch.manual_seed(0)
+    data = [torch.randn(2, 8, 10, 10)]
+    artifact = fxpress.compile(Small().eval(), data[0], calibration=data, pipeline="quantize{keep_float=[kept]}")
+    islands = {i["node"]: (i["reason"], i["hint"]) for i in artifact.report["coverage"]["float_islands"]}
+    assert "takes twice as long on integers" in islands["wide"][0]
+    assert "forms=[large-depthwise]" in islands["wide"][1]
+    assert islands["kept"][0] == "keep_float names it"
+    assert "no integer ConvTranspose" in islands["up"][0]
+    assert "pixel_shuffle" in islands["up"][1]
+    (products,) = {v for k, v in islands.items() if "attention" in k}
+    assert "forms=[attention]" in products[1]
+    assert all(reason and hint for reason, hint in islands.values())

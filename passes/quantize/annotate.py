@@ -27,7 +27,8 @@ from ...frontend.program import Program, layer_name
 from ..rewrite import argument, argument_names, aten, is_constant
 from .expand import expand_program, may_turn_on
 from .masks import deepen_masks
-from .spec import KEPT_FLOAT, KEPT_REASON, LEADING, MOVING, USE_INTEGER, Row, Target
+from .reasons import state_reasons, stated_reasons
+from .spec import KEPT_FLOAT, LEADING, MOVING, USE_INTEGER, Row, Target
 
 KEY = "quantize"
 ABSORBED = "quantize_absorbed"  # on an activation whose work the quantization after it does
@@ -69,7 +70,8 @@ def annotate_program(
     _demote_unread(program, target, rows)
     for node, row in rows.items():
         node.meta[KEY] = _annotation(node, row, rows, target)
-    return len(rows), _float_layers(program, target, rows)
+    state_reasons(program, target, rows)
+    return len(rows), _float_layers(program, rows)
 
 
 def clear_annotations(program: Program) -> None:
@@ -274,14 +276,11 @@ def upper_bound(activation: fx.Node) -> float | None:
     return None if bound is None else float(bound)
 
 
-def _float_layers(program: Program, target: Target, rows: dict[fx.Node, Row]) -> list[str]:
+def _float_layers(program: Program, rows: dict[fx.Node, Row]) -> list[str]:
     """Reasons for the nodes with weights that are not computed on integers."""
-    reasons = []
-    for node in program.graph.nodes:
-        if node.op == "call_function" and node not in rows and _has_weights(node):
-            why = KEPT_REASON if node.meta.get(KEPT_FLOAT) else target.why_float(node)
-            reasons.append(f"{layer_name(node)} stays in float: {why}")
-    return reasons
+    stated = stated_reasons(program)
+    layers = [n for n in program.graph.nodes if n.op == "call_function" and n not in rows and _has_weights(n)]
+    return [f"{layer_name(n)} stays in float: {stated[n.name][0]}" for n in layers]
 
 
 def _has_weights(node: fx.Node) -> bool:

@@ -44,20 +44,32 @@ def expand_program(program: Program, target: Target) -> int:
 
 
 def _expansion_of(node: fx.Node, target: Target) -> Expansion | None:
-    name = str(node.target)
-    if node.op != "call_function" or name not in target.expand or node.meta.get(KEPT_FLOAT):
+    if node.meta.get(KEPT_FLOAT) or form_turned_off(node, target) is not None:
         return None
-    expansion = EXPANSIONS[name]
-    off = expansion.form and not target.forms.get(expansion.form) and not node.meta.get(USE_INTEGER)
-    return None if off else expansion
+    return _listed(node, target)
+
+
+def _listed(node: fx.Node, target: Target) -> Expansion | None:
+    """How the target writes the op of a node, whether or not its form is on."""
+    name = str(node.target)
+    return EXPANSIONS[name] if node.op == "call_function" and name in target.expand else None
+
+
+def form_turned_off(node: fx.Node, target: Target) -> str | None:
+    """The name of the form for which the node would be expanded, if that form is off here."""
+    expansion = _listed(node, target)
+    if expansion is None or node.meta.get(USE_INTEGER) or target.forms.get(expansion.form) is not False:
+        return None
+    return expansion.form
 
 
 def may_turn_on(node: fx.Node, target: Target) -> bool:
     """Does the target have an optional row for the node, or for what it is expanded into?"""
-    expansion = EXPANSIONS.get(str(node.target)) if str(node.target) in target.expand else None
-    return any(r.optional for r in target.rows_about(node)) or (
-        expansion is not None and target.forms.get(expansion.form) is False
-    )
+    expansion = _listed(node, target)
+    if expansion is not None and target.forms.get(expansion.form) is False:
+        return True
+    applicable = [r for r in target.rows_about(node) if r.declines(node) is None]
+    return bool(applicable) and applicable[0].optional
 
 
 def _inherit(before: fx.Node, node: fx.Node) -> None:
