@@ -14,9 +14,11 @@ import fxpress
 from fxpress.errors import DataError, OptionError, TrainingError
 from fxpress.passes.prune.recovery.shuffle import flip_and_shift
 from fxpress.runtime.evaluate import Top1
+from fxpress.training.engine import move
 from fxpress.training.objectives import CrossEntropy, scores
 from fxpress.training.options import SGD, AdamW, TrainingOptions
 from fxpress.training.schedules import Constant, Cosine, OneCycle, Plateau, Step
+from fxpress.training.seeding import generator_for
 
 CLASSES = 4
 
@@ -143,6 +145,39 @@ def test_several_inputs_and_named_ones():
     assert same(tuned, fxpress.finetune(program, named, TrainingOptions(epochs=3, batch_size=10)))
 
 
+def test_a_program_moves_to_another_device_whole():
+    """The device meta stands for a GPU: it refuses operands that are elsewhere, and needs no hardware."""
+
+    class Places(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.head = nn.Linear(6, 3)
+            self.register_buffer("shift", torch.ones(6))
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            ramp = torch.arange(6, device=x.device) + torch.tensor([1.0, 2, 3, 4, 5, 6])
+            return self.head(x * ramp + self.shift) + torch.zeros(3).to(x.device)
+
+    program = fxpress.capture(Places(), (torch.randn(2, 6),))
+    expected = program(torch.ones(2, 6))
+    there = program.copy()
+    move(there, torch.device("meta"))
+    assert there(torch.ones(2, 6, device="meta")).device.type == "meta"
+    move(program, torch.device("cpu"))
+    assert torch.equal(program(torch.ones(2, 6)), expected)
+
+
+def test_an_objective_knows_its_place(program, data):
+    places = []
+
+    def objective(program, batch):
+        places.append((batch.step, batch.done))
+        return CrossEntropy()(program, batch)
+
+    fxpress.finetune(program, data, TrainingOptions(batch_size=75, epochs=2), objective=objective)
+    assert places == [(0, 0.0), (1, 0.25), (2, 0.5), (3, 0.75)]
+
+
 def test_schedules():
     assert [Constant().factor(d) for d in (0, 0.5, 1)] == [1, 1, 1]
     assert [Step((0.5, 0.75), 0.1).factor(d) for d in (0.49, 0.5, 0.8)] == pytest.approx([1, 0.1, 0.01])
@@ -259,6 +294,26 @@ def test_held_out_examples_judge_and_are_not_trained_on(program, data):
     assert len(set(trained_on)) == 120
     assert trained.history[0].metric is not None
     assert 0 <= trained.history[0].metric <= 1
+
+
+def test_held_out_examples_judge_a_regression_by_its_loss(program, data):
+    inputs = data[0]
+    targets = torch.stack([inputs.mean((1, 2, 3))] * CLASSES, 1)
+
+    def squares(program, batch):
+        return (scores(program, batch.inputs) - batch.labels).square().mean()
+
+    options = TrainingOptions(hold_out=0.2, epochs=3, optimizer=AdamW(1e-2), freeze=("norm.*",))
+    trained = fxpress.train(program, (inputs, targets), options, objective=squares)
+    left = inputs[held_out_rows(150, 30)], targets[held_out_rows(150, 30)]
+    with torch.no_grad():
+        loss = (trained.program(left[0]) - left[1]).square().mean()
+    assert trained.kept.metric == pytest.approx(-loss.item(), rel=1e-4)
+    assert trained.kept.metric == max(r.metric for r in trained.history)
+
+
+def held_out_rows(count, held, seed=0):
+    return torch.randperm(count, generator=generator_for(seed, "hold-out"))[:held]
 
 
 def test_bfloat16_where_the_device_has_it(program, data):

@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.fx.node import map_aggregate
 
 from ..errors import OptionError, TrainingError, first_line
 from ..frontend.program import Program
@@ -150,6 +151,9 @@ def move(program: Program, device: torch.device) -> None:
     """Put a program on a device, in place: its tensors, and the devices that its nodes name."""
     program.graph_module.to(device)
     for node in program.graph.nodes:
-        if isinstance(node.kwargs.get("device"), torch.device):
-            node.update_kwarg("device", device)
+        node.args, node.kwargs = map_aggregate((node.args, node.kwargs), lambda a: _moved(a, device))
     program.graph_module.recompile()
+
+
+def _moved(argument: Any, device: torch.device) -> Any:
+    return device if isinstance(argument, torch.device) else argument

@@ -1,8 +1,8 @@
 """What is minimized: a function `(program, batch) -> loss`, so that labels, distillation and penalties compose.
 
-An objective returns a scalar, the mean over the examples of the batch. It may depend on the batch, on `batch.step` and
-on nothing that an earlier call left behind, or a resumed run would differ. One with weights of its own (adapters, say)
-is an `nn.Module`: they are trained and kept in checkpoints beside those of the program.
+An objective returns a scalar, the mean over the examples of the batch. It may depend on the batch, with its place in
+the training, and on nothing that an earlier call left behind, or a resumed run would differ. One with weights of its
+own (adapters, say) is an `nn.Module`: they are trained and kept in checkpoints beside those of the program.
 """
 
 from __future__ import annotations
@@ -21,12 +21,13 @@ from ..runtime.feed import leaves
 
 
 class Batch(NamedTuple):
-    """The part of a step's examples that this process works on: inputs in the order of `program.inputs`, labels, and
-    the number of the step from the beginning of the training, from 0."""
+    """The part of a step's examples that this process works on: inputs in the order of `program.inputs`, labels, the
+    number of the step from the beginning of the training, from 0, and the share of the steps that are done before."""
 
     inputs: tuple[torch.Tensor, ...]
     labels: torch.Tensor
     step: int = 0
+    done: float = 0.0
 
 
 Objective = Callable[[Program, Batch], torch.Tensor]

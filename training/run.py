@@ -121,7 +121,7 @@ class Run:
             generator = generator_for(self.options.seed, "augment", here.step, self.engine.part.rank)
             inputs = self.hooks.augment(inputs, generator)
         device = self.engine.device
-        return Batch(tuple(t.to(device) for t in inputs), slot.labels.to(device), here.step)
+        return Batch(tuple(t.to(device) for t in inputs), slot.labels.to(device), here.step, here.step / self.total)
 
     def _rate(self) -> float:
         """The learning rate of the next step."""
