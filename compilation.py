@@ -39,7 +39,7 @@ from .runtime.artifact import Artifact
 from .runtime.dynamic_layers import check_dynamic, dynamic_nodes
 from .runtime.elsewhere import judge_elsewhere
 from .runtime.evaluate import Evaluate, Metric
-from .runtime.feed import example_tensors, leaves, take
+from .runtime.feed import example_tensors, examples, leaves, take
 from .runtime.latency import MeasuredLatencies, cache_folder
 from .runtime.manifest import Manifest
 from .runtime.model_file import ModelFile
@@ -54,6 +54,8 @@ FLOAT_PIPELINE = "cleanup,canonicalize,fuse-batchnorm"
 # What has no part in how fast the result is.
 _SPEEDLESS = ("prune", "verify-pruning", "recover", "finetune", "distil")
 _JUDGED_EXAMPLES = 8
+# Three sizes tell whether the batch is free; large networks take the smallest three.
+_BATCHES, _FEWER, _PARITY_MACS = (1, 2, 5), (1, 2, 3), 16e9
 _LEAST_EXAMPLES, _LAYER_MACS = 2, 8e9  # layers are judged on that many examples, or that many MACs
 _SQNR_LIMIT = 200.0
 
@@ -82,10 +84,12 @@ def compile_program(
     with stages.step("verify"):
         float_session = timed.float_session or make_session(float_model.source)
         timed = dataclasses.replace(timed, float_session=None)
-        reference_parity = check_parity(reference, float_session, real_inputs=real, seed=settings.seed)
+        sizes = _BATCHES if count_macs(reference) * sum(_BATCHES) < _PARITY_MACS else _FEWER
+        reference_parity = check_parity(reference, float_session, sizes, real, settings.seed)
         del float_session  # as large as the model
         return_memory()
-        parity = check_parity(compiled.final, session, real_inputs=real, seed=settings.seed)
+        parity = check_parity(compiled.final, session, sizes, real, settings.seed)
+        return_memory()
         layer_parity, rows = judge_layers(compiled, real)
         sqnr = output_sqnr(reference, session, real)
     elsewhere = None
@@ -316,15 +320,16 @@ def judge_coverage(model: onnx.ModelProto, compiled: Compiled, settings: Setting
 
 def output_sqnr(reference: Program, session: Session, real: tuple[torch.Tensor, ...]) -> float | None:
     """SQNR in dB of the compiled model's outputs in ONNX Runtime against float in PyTorch; capped at +-200."""
-    expected = reference.run_flat(leaves(reference, real))
-    actual = session.run(*(x.numpy() for x in real))
-    pairs = [
-        (e.double(), torch.from_numpy(np.array(a)).double()) for e, a in zip(expected, actual) if e.is_floating_point()
-    ]
-    if not pairs:
+    signal = noise = 0.0
+    if not any(o.dtype.startswith("float") for o in reference.outputs):
         return None
-    signal = sum(float(e.square().sum()) for e, _ in pairs)
-    noise = sum(float((e - a).square().sum()) for e, a in pairs)
+    for example in examples(reference, real):
+        expected = reference.run_flat(leaves(reference, example))
+        actual = session.run(*(x.numpy() for x in example))
+        for e, a in zip(expected, actual):
+            if e.is_floating_point():
+                signal += float(e.double().square().sum())
+                noise += float((e.double() - torch.from_numpy(np.array(a)).double().reshape(e.shape)).square().sum())
     if noise == 0:
         return _SQNR_LIMIT
     return min(max(10 * math.log10(max(signal, 1e-300) / noise), -_SQNR_LIMIT), _SQNR_LIMIT)

@@ -57,6 +57,7 @@ def lower_and_time(float_program: Program, final: Program, reference: Program, t
     """Both as ONNX, and their latencies on one example."""
     float_model, model = ModelFile(float_program), lower(final)
     float_session = make_session(float_model.source, threads=threads)
+    return_memory()
     session = make_session(model, threads=threads)
     return_memory()
     return Timed(float_model, model, float_session, session, time_models(float_session, session, reference, threads))

@@ -252,11 +252,11 @@ def weight_scales(weight: torch.Tensor, form: NumberFormat, ranges: str) -> torc
 
     `ranges`: "minmax" covers the largest weight, "mse" clips where that lessens the squared error.
     """
-    rows = weight.reshape(weight.shape[0], -1).double()
+    rows = weight.reshape(weight.shape[0], -1)
     if not form.per_channel:
         rows = rows.reshape(1, -1)
     bounds = best_bounds(rows, form) if ranges == "mse" else rows.abs().amax(1)
-    scales = (bounds / form.limits[1]).float()
+    scales = (bounds.double() / form.limits[1]).float()
     # A channel of zeros needs some scale; 1 stores its zeros exactly.
     scales = torch.where(scales > 2.0**-100, scales, torch.ones_like(scales))
     return scales.expand(weight.shape[0]).clone()
