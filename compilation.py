@@ -9,22 +9,26 @@ after cleanup and BatchNorm fusion, so that its latency is the best that float o
 from __future__ import annotations
 
 import dataclasses
-import math
 import zlib
 from collections.abc import Sequence
 from typing import Any
 
-import numpy as np
 import onnx
-import torch
-from torch import fx
 
 from .allowance import Allowance, Settled, drop_promise, judge_both, judge_float, runtime_judge, settle
 from .allowance_report import as_json, describe
-from .backends.coverage import Coverage, measure_coverage
-from .frontend.batches import Batches, examples_in
-from .frontend.cost import count_macs, op_name
-from .frontend.program import Program, module_path
+from .frontend.batches import Batches
+from .frontend.cost import count_macs
+from .frontend.program import Program
+from .judging import (
+    judge_coverage,
+    judge_layers,
+    judged_inputs,
+    output_sqnr,
+    parity_batches,
+    parity_promise,
+    reference_promise,
+)
 from .passes.base import VALUES, Context, Pass
 from .passes.manager import PassManager
 from .passes.memory import return_memory
@@ -32,32 +36,24 @@ from .passes.pipeline import make_pass, parse_pipeline, print_pipeline
 from .passes.prune.groups import find_pinned
 from .passes.prune.plan import PruningPlan
 from .passes.prune.rules.table import analyze
-from .passes.quantize.reasons import stated_reasons
 from .passes.quantize.spec import Target
 from .placing import Placing, Timed, lower_and_time, speed_promise, tuning_json
 from .runtime.artifact import Artifact
-from .runtime.dynamic_layers import check_dynamic, dynamic_nodes
 from .runtime.elsewhere import judge_elsewhere
 from .runtime.evaluate import Evaluate, Metric
-from .runtime.feed import example_tensors, examples, leaves, take
 from .runtime.latency import MeasuredLatencies, cache_folder
 from .runtime.manifest import Manifest
 from .runtime.model_file import ModelFile
-from .runtime.report.build import Figures, Findings, Promise, build_report
+from .runtime.report.build import Figures, Findings, build_report
 from .runtime.report.environment import installed
-from .runtime.session import Session, make_session
-from .runtime.verify import LayerParity, LayerRow, Parity, check_layers, check_parity, layer_table
+from .runtime.session import make_session
+from .runtime.verify import check_parity
 from .settings import Compiled, Progress, Settings, Stages, first_quantizer, judges_speed, trains
 from .training.passes import QAT
 
 FLOAT_PIPELINE = "cleanup,canonicalize,fuse-batchnorm"
 # What has no part in how fast the result is.
 _SPEEDLESS = ("prune", "verify-pruning", "recover", "finetune", "distil")
-_JUDGED_EXAMPLES = 8
-# Three sizes tell whether the batch is free; large networks take the smallest three.
-_BATCHES, _FEWER, _PARITY_MACS = (1, 2, 5), (1, 2, 3), 16e9
-_LEAST_EXAMPLES, _LAYER_MACS = 2, 8e9  # layers are judged on that many examples, or that many MACs
-_SQNR_LIMIT = 200.0
 
 
 def compile_program(
@@ -84,7 +80,7 @@ def compile_program(
     with stages.step("verify"):
         float_session = timed.float_session or make_session(float_model.source)
         timed = dataclasses.replace(timed, float_session=None)
-        sizes = _BATCHES if count_macs(reference) * sum(_BATCHES) < _PARITY_MACS else _FEWER
+        sizes = parity_batches(reference)
         reference_parity = check_parity(reference, float_session, sizes, real, settings.seed)
         del float_session  # as large as the model
         return_memory()
@@ -259,101 +255,6 @@ def latency_clock(
 def _untrained(item: Pass) -> Pass:
     """What makes a model as fast as `item` does, without training it."""
     return make_pass("quantize", {"keep_float": item.keep_float}) if isinstance(item, QAT) else item
-
-
-# -- verification -------------------------------------------------------------------------------------------------
-
-
-def judged_inputs(program: Program, batches: Batches | None) -> tuple[torch.Tensor, ...]:
-    """A few real examples to judge on; the example inputs where no data are given."""
-    if batches is not None:
-        return batches.first(_JUDGED_EXAMPLES)
-    return example_tensors(program)
-
-
-def judge_layers(compiled: Compiled, real: tuple[torch.Tensor, ...]) -> tuple[LayerParity | None, list[LayerRow]]:
-    """Each quantized layer on its own, and the table of layers; nothing where nothing is quantized."""
-    if compiled.floating is None:
-        return (check_dynamic(compiled.final, real) if dynamic_nodes(compiled.final) else None), []
-    few = layer_inputs(compiled.floating, real)
-    rows = layer_table(compiled.floating, compiled.final, few)
-    return check_layers(compiled.final, few), named_by_module(rows, compiled.floating)
-
-
-def layer_inputs(program: Program, real: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
-    """The examples to judge layers on: the larger a network is, the more values each of them has to compare."""
-    count = max(_LEAST_EXAMPLES, int(_LAYER_MACS / max(count_macs(program), 1)))
-    return take(program, real, min(count, examples_in(real)))
-
-
-def named_by_module(rows: list[LayerRow], program: Program) -> list[LayerRow]:
-    """Rows by the names of the user's modules ("layer1.0.conv1"); the node's name is added where several share one."""
-    nodes = {n.name: n for n in program.graph.nodes}
-    modules = [module_path(_computing(nodes[r.name], r.op)) if r.name in nodes else "" for r in rows]
-    return [
-        dataclasses.replace(
-            row, name=path if path and modules.count(path) == 1 else "/".join(filter(None, (path, row.name)))
-        )
-        for row, path in zip(rows, modules)
-    ]
-
-
-def _computing(node: fx.Node, op: str) -> fx.Node:
-    """The node that does the work of a row: the row ends in an activation that the op before it absorbed."""
-    if op_name(node) == f"aten.{op}":
-        return node
-    return next((n for n in node.all_input_nodes if op_name(n) == f"aten.{op}"), node)
-
-
-def judge_coverage(model: onnx.ModelProto, compiled: Compiled, settings: Settings) -> Coverage:
-    """Integer coverage, each float island with the reason that the target's table or the pipeline gives."""
-    if compiled.floating is not None:
-        reasons = stated_reasons(compiled.final)
-        return measure_coverage(model, reasons, settings.target.session)
-    coverage = measure_coverage(model)
-    if coverage.integer_macs:  # quantized as it runs
-        return coverage
-    reason, hint = "the pipeline does not quantize", "use the recipe int8, or add quantize to the pipeline"
-    islands = [dataclasses.replace(i, reason=reason, hint=hint) for i in coverage.islands]
-    return dataclasses.replace(coverage, islands=islands)
-
-
-def output_sqnr(reference: Program, session: Session, real: tuple[torch.Tensor, ...]) -> float | None:
-    """SQNR in dB of the compiled model's outputs in ONNX Runtime against float in PyTorch; capped at +-200."""
-    signal = noise = 0.0
-    if not any(o.dtype.startswith("float") for o in reference.outputs):
-        return None
-    for example in examples(reference, real):
-        expected = reference.run_flat(leaves(reference, example))
-        actual = session.run(*(x.numpy() for x in example))
-        for e, a in zip(expected, actual):
-            if e.is_floating_point():
-                signal += float(e.double().square().sum())
-                noise += float((e.double() - torch.from_numpy(np.array(a)).double().reshape(e.shape)).square().sum())
-    if noise == 0:
-        return _SQNR_LIMIT
-    return min(max(10 * math.log10(max(signal, 1e-300) / noise), -_SQNR_LIMIT), _SQNR_LIMIT)
-
-
-def reference_promise(parity: Parity) -> Promise:
-    """The float file computes what the user's model computes in PyTorch: every comparison rests on it."""
-    detail = f"the float model in ONNX Runtime is within {parity.max_relative:.1e} relative of PyTorch"
-    return Promise("reference", parity.kept, detail)
-
-
-def parity_promise(compiled: Compiled, parity: Parity, layers: LayerParity | None) -> Promise:
-    """ONNX Runtime computes what the Program computes."""
-    sizes = ", ".join(map(str, parity.batches))
-    if layers is None:
-        kept = parity.kept
-        return Promise(
-            "parity", kept, f"PyTorch and ONNX Runtime differ by {parity.max_relative:.1e} relative (batches {sizes})"
-        )
-    detail = (
-        f"each layer, fed the same inputs, differs by at most {layers.max_steps:g} quantization step(s) between "
-        f"PyTorch and ONNX Runtime; run at batches {sizes}"
-    )
-    return Promise("parity", layers.kept, detail)
 
 
 # -- worth and cost -----------------------------------------------------------------------------------------------
