@@ -31,6 +31,7 @@ from .passes.quantize.placement.fallback import (
     float_path,
     give_back,
     grow,
+    refine,
     try_remedies,
 )
 from .passes.quantize.placement.journal import Journal, add_tensor, fingerprint
@@ -191,10 +192,11 @@ def _search(search: Search, trials: Trials, options: str, outcome: Outcome, loss
         return
     fast = trials.settled(without_fitting(options))
     outcome.sensitivity = trials.sensitivities(fast)
-    grow(search, fast, float_path(outcome.sensitivity, trials.macs))
+    path = float_path(outcome.sensitivity, trials.macs)
+    grow(search, fast, path)
     give_back(search, outcome.sensitivity, trials.macs)
-    if search.best is not None and without_fitting(options) != options and search.meets(search.best):
-        search.judge(Setting(options, search.best.setting.kept))
+    if without_fitting(options) != options:
+        refine(search, options, path)
 
 
 def _float_falls(trials: Trials, allowance: Allowance) -> bool:
@@ -207,7 +209,7 @@ def _float_falls(trials: Trials, allowance: Allowance) -> bool:
 
 
 def _first_trial(trials: Trials, options: str, first: Metric | FxpressError) -> Trial:
-    float_macs = trials.make(Setting(options))[1]
+    float_macs = trials.float_macs(Setting(options))
     if isinstance(first, FxpressError):
         return Trial(Setting(options), None, float_macs, 0.0, first.message)
     return Trial(Setting(options), first.value, float_macs, 0.0)

@@ -18,6 +18,7 @@ from fxpress.passes.quantize.placement.fallback import (
     float_path,
     give_back,
     grow,
+    refine,
     try_remedies,
 )
 
@@ -136,6 +137,24 @@ def test_remedies_come_before_float_and_the_best_is_built_on():
     search = Search(lambda s: (scores[s.options], 0), 0.5)
     assert try_remedies(search, ["plain", "better", "worse"]) == "better"
     assert [t.setting.options for t in search.trials] == ["plain", "better"]
+
+
+def test_better_options_need_less_in_float():
+    points, macs = many()
+
+    def attempt(setting: Setting) -> tuple[float, int]:
+        share = 0.4 if setting.options == "fitted" else 1.0
+        return -share * noise_left(points, setting.kept), sum(macs[o] for o in setting.kept)
+
+    search, path = Search(attempt, -20.0), float_path(points, macs)
+    search.judge(Setting("fitted"))
+    grow(search, "fast", path)
+    before = len(search.trials), search.best.float_macs
+    refine(search, "fitted", path)
+    assert search.best.setting.options == "fitted"
+    assert noise_left(points, search.best.setting.kept) * 0.4 <= 20.0
+    assert search.best.float_macs < 0.6 * before[1]
+    assert len(search.trials) - before[0] <= 7
 
 
 def test_where_float_does_not_help_nothing_stays_in_float():

@@ -10,7 +10,10 @@ The metric is judged on the compiled model (a `judge`, see `Trials`), which is c
 4. Giving back: what the path took on the way is tried on integers again, first in the largest share that bisection
    finds, then one operation at a time, those that save the most MACs for the least noise first.
 
-Steps 3 and 4 take for granted that less in float is never better, which holds up to the noise of the metric; the best
+5. Refinement: what is fitted behind the quantization (corrected biases, learned rounding) takes long, so steps 3 and 4
+   go without. Where it is asked for, or was the best remedy, the path to the result is bisected once more with it.
+
+Steps 3 to 5 take for granted that less in float is never better, which holds up to the noise of the metric; the best
 trial is kept at all times, and its metric was measured. What is exact is the judgement; the order is a heuristic, whose
 result the tests compare with the optimum by brute force.
 
@@ -253,12 +256,27 @@ def grow(search: Search, options: str, path: Sequence[frozenset[str]]) -> None:
             return
         low, step = high, 2 * step
         high = min(step, len(path) - 1)
+    _bisect(search, options, path, low, high)
+
+
+def _bisect(search: Search, options: str, path: Sequence[frozenset[str]], low: int, high: int) -> None:
+    """Between a set that does not meet the allowance and one that does."""
     while high - low > 1:
         middle = (low + high) // 2
         if search.meets(search.judge(Setting(options, path[middle]))):
             high = middle
         else:
             low = middle
+
+
+def refine(search: Search, options: str, path: Sequence[frozenset[str]]) -> None:
+    """With better options than those that the best was found with, bisect along the path to the best."""
+    best = search.best
+    if best is None or not search.meets(best):
+        return
+    sets = list(dict.fromkeys(kept & best.setting.kept for kept in path))
+    if search.meets(search.judge(Setting(options, sets[-1]))):
+        _bisect(search, options, sets, 0, len(sets) - 1)
 
 
 def give_back(search: Search, points: Sequence[Noisy], macs: dict[str, int]) -> None:

@@ -97,6 +97,11 @@ class Trials:
         program = self._run(flat_steps(self.passes(setting)), counted)
         return program, sum(self.macs.values()) - counted.integer
 
+    def float_macs(self, setting: Setting) -> int:
+        """The MACs of one example that a setting does not compute on integers, without making its program."""
+        integers = self._integers(setting)
+        return sum(macs for operation, macs in self.macs.items() if operation not in integers)
+
     def sensitivities(self, options: str) -> list[Sensitivity]:
         """Each point of the program that `options` make, on a few calibration samples; the worst first."""
         observed, weights = self._chosen(options)
