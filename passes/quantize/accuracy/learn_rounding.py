@@ -73,12 +73,12 @@ class LearnRounding(Pass):
         trial.graph_module.recompile()
         verdict = Verdict(*judge_outputs(twins.floating, [program, trial], samples.judge))
         layers = sum(len(b.layers) for b in blocks)
-        notes = [verdict.told(f"learning the rounding of {learned} of {layers} layers")]
+        notes = [verdict.told(f"learning the rounding of {learned} of {layers} layers, with the biases of all")]
         if learning.short:
             notes.append(f"{learning.short} blocks had fewer than {self.steps} steps: raise seconds to give them all")
         if verdict.helps:
             program.graph_module = trial.graph_module
-        return Change(learned if verdict.helps else 0, notes)
+        return Change(layers if verdict.helps else 0, notes)
 
 
 def samples_within(blocks: list[Block], limit: int) -> int:

@@ -64,9 +64,7 @@ class Smooth(Pass):
         links = find_sites(trial, self.convolutions)
         if not links:
             hint = "" if self.insert else " (insert=true makes such places)"
-            return Change(
-                0, [f"nothing to smooth: no linear layer reads a tensor that others do not read as well{hint}"]
-            )
+            return Change(0, [f"nothing to smooth: no linear layer alone reads a tensor that can be divided{hint}"])
         samples = split_samples(program, context.calibration, _FIT, _JUDGE, self.name)
         chosen = smooth_sites(trial, links, samples.fit, target, self.alpha)
         inserted = len(products) - drop_ones(trial, products)
