@@ -52,7 +52,7 @@ def objective(program, batch):
     return CrossEntropy()(program, batch)
 
 trained = fxpress.train(
-    program, data, fxpress.TrainingOptions(epochs=3, optimizer=fxpress.AdamW(1e-2)), objective=objective,
+    program, data, fxpress.TrainingOptions(epochs=3, optimizer=fxpress.AdamW(1e-2), ema=0.9), objective=objective,
     evaluate=Top1(held_out), checkpoint=root / "run", progress=lambda *done: told.append(done),
 )
 perceptron = fxpress.Program.load(sys.argv[2])
@@ -130,7 +130,7 @@ def test_training_ends_at_the_metric_of_one_process(ranks, program, digits):
     assert first["values"] == second["values"], "both return the same weights and statistics"
     one = fxpress.train(
         program, (digits.inputs, digits.labels),
-        fxpress.TrainingOptions(epochs=3, optimizer=fxpress.AdamW(1e-2)),
+        fxpress.TrainingOptions(epochs=3, optimizer=fxpress.AdamW(1e-2), ema=0.9),
         evaluate=Top1([(digits.held_out_inputs, digits.held_out_labels)]),
     )  # fmt: skip
     metric = one.history[-1].metric

@@ -73,6 +73,7 @@ class Run:
             with self._explained():
                 self._epoch(saving)
         assign(self.live, self.best if self.best is not None else self._weights())
+        self.engine.share(self.step.buffers())  # averages of statistics that each process gathered for itself
         history = self.position.history
         values = [self._value(r) for r in history]
         return history[values.index(max(values))] if self.best is not None else history[-1]
@@ -237,7 +238,8 @@ class Run:
 def _is_lost_contact(error: Exception) -> bool:
     words = ("gloo", "connection", "nccl", "timed out", "broken pipe")
     distributed = getattr(torch.distributed, "DistError", ())
-    return isinstance(error, distributed) or any(w in str(error).lower() for w in words)
+    told = isinstance(error, RuntimeError) and any(w in str(error).lower() for w in words)
+    return told or isinstance(error, distributed)
 
 
 def _where(error: BaseException) -> str | None:
