@@ -10,7 +10,7 @@ The rules, as far as the target's table states them:
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
 import numpy as np
@@ -18,6 +18,7 @@ import onnx
 from onnx import numpy_helper
 
 from ..frontend.program import dtype_name
+from ..passes.quantize.reasons import Reason
 from ..passes.quantize.spec import Target
 from .coverage import Coverage, Island, node_macs
 
@@ -123,15 +124,21 @@ def _pairs(file: _File, target: Target) -> Iterator[str]:
             yield f"{node.name} ({node.op_type}) reads integers; {target.name} wants quantize and dequantize in pairs"
 
 
-def stored_coverage(model: onnx.ModelProto) -> Coverage:
-    """The MACs of layers that read stored weights, or two quantized operands, as the file says; nothing is run."""
+def stored_coverage(model: onnx.ModelProto, reasons: Mapping[str, Reason] | None = None) -> Coverage:
+    """The MACs of layers that read dequantized operands, as the file says; nothing is run. `reasons` (by fx node, see
+    `stated_reasons`) explains the others."""
     file = _read(model)
     macs = dict(node_macs(model))
-    islands = [
-        Island(n.name, n.op_type, macs[n.name], "it is written in float", "a target whose table has a row for it")
-        for n in file.nodes
-        if n.name in macs and not all(file.is_dequantized(i) for i in n.input[:2])
-    ]
+    floats = [n for n in file.nodes if n.name in macs and not all(file.is_dequantized(i) for i in n.input[:2])]
+    islands = [Island(n.name, n.op_type, macs[n.name], *(reasons or {}).get(_origin(n), _UNSTATED)) for n in floats]
     total = sum(macs.values())
     integer = total - sum(i.macs for i in islands)
     return Coverage(integer / total if total else 1.0, total, sorted(islands, key=lambda i: -i.macs))
+
+
+def _origin(node: onnx.NodeProto) -> str:
+    """The fx node that an ONNX node was written for."""
+    return next((p.value for p in node.metadata_props if p.key == "fxpress.node"), node.name)
+
+
+_UNSTATED = ("it is written in float", "a target whose table has a row for it")

@@ -15,6 +15,7 @@ import torch
 from ..backends.coverage import Coverage
 from ..backends.structure import check_structure, stored_coverage
 from ..frontend.program import Program
+from ..passes.quantize.reasons import stated_reasons
 from ..passes.quantize.spec import Target
 from .openvino import is_installed, judge_in_openvino
 from .report.build import Promise
@@ -42,7 +43,7 @@ def judge_elsewhere(
     faults = check_structure(model, target)
     detail = "; ".join(faults[:3]) or f"the file has the form that {target.name} asks for"
     form = Promise("structure", not faults, detail)
-    found = Elsewhere(stored_coverage(model), [form])
+    found = Elsewhere(stored_coverage(model, stated_reasons(program)), [form])
     if target.runtime == "openvino" and is_installed():
         return _in_openvino(found, program, float_model, model, inputs)
     missing = " (install fxpress[openvino] to verify it there)" if target.runtime == "openvino" else ""

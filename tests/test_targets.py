@@ -264,6 +264,14 @@ def test_the_report_says_what_was_not_run(name):
     assert report["coverage"]["integer_macs"] == 1.0
 
 
+def test_float_islands_of_a_target_that_is_not_here_have_its_reasons():
+    data = [torch.randn(SHAPE)]
+    report = fxpress.compile(PATTERNS.Tokens().eval(), (data[0],), calibration=data, target="tensorrt", recipe="int8").report
+    assert report["coverage"]["integer_macs"] == pytest.approx(704 / (704 + 2304))  # attention is in float
+    assert all(island["reason"] and island["hint"] for island in report["coverage"]["float_islands"])
+    assert not any(island["reason"] == "it is written in float" for island in report["coverage"]["float_islands"])
+
+
 def test_int8_moves_outside_integer_ops_load_on_x86():
     """ONNX Runtime on x86 makes int8 uint8 and then refuses its own graph; it is loaded without that."""
 
