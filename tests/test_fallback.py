@@ -17,6 +17,7 @@ from fxpress.passes.quantize.placement.fallback import (
     Setting,
     float_path,
     give_back,
+    give_back_singly,
     grow,
     refine,
     try_remedies,
@@ -52,6 +53,7 @@ def found(points, macs, allowed, **options) -> Search:
         if not search.meets(search.judge(Setting(OPTIONS))):
             grow(search, OPTIONS, float_path(points, macs))
             give_back(search, points, macs)
+            give_back_singly(search, points, macs)
     except Exhausted:
         pass
     return search
@@ -137,6 +139,20 @@ def test_remedies_come_before_float_and_the_best_is_built_on():
     search = Search(lambda s: (scores[s.options], 0), 0.5)
     assert try_remedies(search, ["plain", "better", "worse"]) == "better"
     assert [t.setting.options for t in search.trials] == ["plain", "better"]
+
+
+def test_an_operation_that_stays_in_float_anyway_is_tried_once():
+    points, macs = spots((5.0, "a"), (5.0, "b")), {"a": 10, "b": 20}
+
+    def attempt(setting: Setting) -> tuple[float, int]:  # b has no integer form beside a float a
+        whole = setting.kept | {"b"} if "a" in setting.kept else setting.kept
+        return -noise_left(points, whole), sum(macs[o] for o in whole)
+
+    search = Search(attempt, -1.0)
+    search.judge(Setting(OPTIONS, frozenset("ab")))
+    give_back_singly(search, points, macs)
+    assert search.best.float_macs == 30
+    assert len(search.trials) == 3
 
 
 def test_better_options_need_less_in_float():

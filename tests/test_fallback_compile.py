@@ -26,7 +26,7 @@ from fxpress.passes.quantize.placement.journal import Journal, fingerprint
 from fxpress.passes.quantize.placement.points import Switchboard
 from fxpress.passes.quantize.placement.sensitivity import measure_sensitivity
 from fxpress.passes.quantize.placement.trials import Trials
-from fxpress.runtime.evaluate import Top1
+from fxpress.runtime.evaluate import Metric, Top1
 
 TARGET = load_target("ort-x86")
 
@@ -245,6 +245,16 @@ def test_what_is_fitted_behind_refines_the_result(poisoned):
 
 
 # -- options and faults --------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("before", "after", "allowed"), [(0.8275, 0.8175, 0.01), (0.83, 0.82, 0.01), (0.3, 0.2, 0.1)])
+def test_the_allowance_is_meant_in_decimals(before, after, allowed):
+    from fxpress.allowance import drop_promise, least_allowed
+
+    metrics = Metric("m", before, 1), Metric("m", after, 1)
+    assert after >= least_allowed(before, allowed)
+    assert drop_promise(metrics, allowed)[0].kept
+    assert not drop_promise((metrics[0], Metric("m", after - 1e-6, 1)), allowed)[0].kept
 
 
 def test_options_without_max_drop_are_refused(poisoned):

@@ -7,13 +7,13 @@ The metric is judged on the compiled model (a `judge`, see `Trials`), which is c
    most noise vanish for each MAC. A point vanishes only when all operations around it are in float, so the candidates
    are the surroundings of points, not single layers.
 3. Growth along the path: 1, 2, 4, ... steps until the allowance is met, then bisection between the last two.
-4. Giving back: what the path took on the way is tried on integers again, first in the largest share that bisection
-   finds, then one operation at a time, those that save the most MACs for the least noise first.
-
+4. Giving back: what the path took on the way is tried on integers again, in the largest share that bisection finds,
+   those that save the most MACs for the least noise first.
 5. Refinement: what is fitted behind the quantization (corrected biases, learned rounding) takes long, so steps 3 and 4
    go without. Where it is asked for, or was the best remedy, the path to the result is bisected once more with it.
+6. What is left is given back one operation at a time.
 
-Steps 3 to 5 take for granted that less in float is never better, which holds up to the noise of the metric; the best
+Steps 3 to 6 take for granted that less in float is never better, which holds up to the noise of the metric; the best
 trial is kept at all times, and its metric was measured. What is exact is the judgement; the order is a heuristic, whose
 result the tests compare with the optimum by brute force.
 
@@ -280,7 +280,7 @@ def refine(search: Search, options: str, path: Sequence[frozenset[str]]) -> None
 
 
 def give_back(search: Search, points: Sequence[Noisy], macs: dict[str, int]) -> None:
-    """From the best trial on, return operations to integers while the allowance is met."""
+    """From the best trial on, return as many operations to integers at once as bisection finds."""
     best = search.best
     if best is None or not search.meets(best):
         return
@@ -293,19 +293,16 @@ def give_back(search: Search, points: Sequence[Noisy], macs: dict[str, int]) -> 
             low = middle
         else:
             high = middle
-    _give_back_singly(search, options, kept - set(order[:low]), points, macs)
 
 
-def _give_back_singly(
-    search: Search, options: str, kept: frozenset[str], points: Sequence[Noisy], macs: dict[str, int]
-) -> None:
-    """One operation at a time; those without MACs stay as they are, since they save none."""
+def give_back_singly(search: Search, points: Sequence[Noisy], macs: dict[str, int]) -> None:
+    """From the best trial on, one operation at a time; those without MACs stay as they are, since they save none."""
     needed: set[str] = set()
-    while True:
+    while (best := search.best) is not None and search.meets(best):
+        kept, options = best.setting.kept, best.setting.options
         left = [o for o in order_to_give_back(kept, points, macs) if o not in needed and macs.get(o)]
         if not left:
             return
-        if search.meets(search.judge(Setting(options, kept - {left[0]}))):
-            kept -= {left[0]}
-        else:
+        search.judge(Setting(options, kept - {left[0]}))
+        if search.best is best:  # it is needed, or stays in float anyway
             needed.add(left[0])
