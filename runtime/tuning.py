@@ -51,13 +51,14 @@ Tell = Callable[[str, int, int | None], None]
 @dataclass(frozen=True)
 class Tuning:
     """What was found: the best placement, all integer beside it, and all trials. `measured`: parts that were timed,
-    not known from an earlier run."""
+    not known from an earlier run. `told` is the speed of all integer over float by the figures of single ops."""
 
     best: Trial
     integer: Trial
     trials: tuple[Trial, ...]
     measured: int
     seconds: float
+    told: float = 1.0
 
     @property
     def notes(self) -> list[str]:
@@ -111,6 +112,7 @@ class _Search:
     tell: Tell | None
     trials: list[Trial] = field(default_factory=list)
     factor: float = 1.0
+    told: float = 1.0
     _seen: dict[frozenset[str], Trial | None] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -145,7 +147,8 @@ class _Search:
         self._propose(problem, everything or integer)
         self._refine(problem)
         best, integer = self._finish(integer)
-        return Tuning(best, integer, tuple(self.trials), self.clock.measured, time.monotonic() - self.started)
+        spent = time.monotonic() - self.started
+        return Tuning(best, integer, tuple(self.trials), self.clock.measured, spent, self.told)
 
     def program_floats(self) -> frozenset[int]:
         """The atoms that are in float in any case."""
@@ -166,7 +169,8 @@ class _Search:
         told_integer = self._told(problem, self._floats(integer))
         told_float = self._told(problem, range(len(self.atoms.members)))
         # How much more float really takes, against integers, than the figures say.
-        self.factor = integer.speed * told_integer / told_float
+        self.told = told_float / told_integer
+        self.factor = integer.speed / self.told
         scales = [(1.0, 1.0), *((c, self.factor * f) for c, f in _DOUBTS)]
         for conversions, floating in scales:
             scaled = problem.scaled(conversions, floating)
