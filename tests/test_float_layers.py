@@ -92,3 +92,17 @@ def test_a_model_without_float_layers_is_written_as_before():
     model = lower(fxpress.quantize(program, [x]))
     activations = [n for n in model.graph.node if n.op_type == "DequantizeLinear" and not n.input[0].endswith("weight")]
     assert all(not any(a.name == "axis" and a.i == 1 for a in n.attribute) for n in activations)
+
+
+def test_a_float_silu_behind_an_integer_layer_is_one_kernel():
+    """Each of its two readers would get a DequantizeLinear of its own, and the fusion would not see one input."""
+    torch.manual_seed(0)
+    x = torch.randn(2, 3, 8, 8)
+    quantized, model = compiled(Sandwich(nn.SiLU(), 8), x)
+    ops = [n.op_type for n in optimized_graph(model).node]
+    assert ops.count("QuickGelu") == 1
+    assert "Sigmoid" not in ops
+    (got,) = make_session(model).run(x.numpy())
+    expected = quantized(x)
+    step = (expected.max() - expected.min()) / 255
+    assert (torch.from_numpy(got) - expected).abs().max() <= 1.01 * step

@@ -9,6 +9,7 @@ import onnx_ir as ir
 import torch
 
 from .emit import Emitter, Number, Operand, is_broadcast_one
+from .float_layers import undivided
 from .table import row
 
 # ATen op -> ONNX op of the same meaning. Integer inputs are promoted to the result's float type first.
@@ -202,8 +203,9 @@ def softshrink(g: Emitter, x: Operand, lambd: float) -> ir.Value:
 
 @row("aten.silu.default")
 def silu(g: Emitter, x: Operand) -> ir.Value:
-    """x * sigmoid(x)."""
-    return g.op("Mul", x, g.op("Sigmoid", x))
+    """x * sigmoid(x), which ONNX Runtime computes as one kernel."""
+    value = undivided(g, x)
+    return g.op("Mul", value, g.op("Sigmoid", value))
 
 
 @row("aten.gelu.default")
