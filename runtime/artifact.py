@@ -9,6 +9,7 @@ manifest.json   checksums, versions, preprocessing, inputs and outputs, labels
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -60,7 +61,7 @@ class Artifact:
     def _write(self, folder: Path) -> None:
         _write_model(self.onnx, folder / MODEL)
         if self.float_model is not None:
-            _write_model(self.float_model.load(), folder / FLOAT_MODEL)
+            _save(self.float_model.save, folder / FLOAT_MODEL)
         (folder / REPORT).write_text(json.dumps(self.report, indent=1, allow_nan=False) + "\n", encoding="utf-8")
         (folder / PAGE).write_text(render_page(self.report), encoding="utf-8")
         self.manifest.write(folder)
@@ -98,7 +99,11 @@ def read_models(folder: str | Path) -> tuple[bytes, bytes]:
 
 
 def _write_model(model: ModelProto, path: Path) -> None:
+    _save(lambda file: file.write_bytes(model.SerializeToString()), path)
+
+
+def _save(write: Callable[[Path], object], path: Path) -> None:
     try:
-        path.write_bytes(model.SerializeToString())
+        write(path)
     except ValueError as error:  # protobuf's own limit
         raise OutputError(f"{path.name} is larger than 2 GB, which one ONNX file cannot hold") from error

@@ -9,6 +9,7 @@ from __future__ import annotations
 import shutil
 import tempfile
 import weakref
+from dataclasses import dataclass
 from pathlib import Path
 
 import onnx
@@ -18,6 +19,7 @@ from ..backends.onnx.lower import build, lower
 from ..frontend.program import Program
 
 _NAME, _WEIGHTS = "model.onnx", "weights"
+_PROTOBUF_END = 2**31
 _IN_MEMORY = 16_000_000  # bytes of weights up to which a file is not worth its while
 
 
@@ -33,7 +35,7 @@ class ModelFile:
         weights = sum(t.nbytes for t in program.state_dict().values())
         if weights <= _IN_MEMORY or not self._write(program):
             self._kept = lower(program)
-        self.size_bytes = self._kept.ByteSize() if self._kept is not None else single_file_size(self._skeleton())
+        self.size_bytes = self._kept.ByteSize() if self._kept is not None else size_of(single_file(self._skeleton()))
 
     @property
     def source(self) -> Path | onnx.ModelProto:
@@ -49,6 +51,21 @@ class ModelFile:
             tensor.ClearField("data_location")  # loading says where it is now, which is where it always is
         return model
 
+    def save(self, path: Path) -> None:
+        """Write the model as one file, its weights copied from file to file. Raises ValueError above 2 GB."""
+        if self._kept is not None:
+            path.write_bytes(self._kept.SerializeToString())
+            return
+        if self.size_bytes >= _PROTOBUF_END:
+            raise ValueError("protobuf files end at 2 GiB")
+        with path.open("wb") as file, self._path.with_name(_WEIGHTS).open("rb") as weights:
+            for piece in single_file(self._skeleton()):
+                if isinstance(piece, Span):
+                    weights.seek(piece.offset)
+                    file.write(weights.read(piece.length))
+                else:
+                    file.write(piece)
+
     def _write(self, program: Program) -> bool:
         try:
             folder = tempfile.mkdtemp(prefix="fxpress-")
@@ -63,22 +80,48 @@ class ModelFile:
         return onnx.load(self._path, load_external_data=False)
 
 
-def single_file_size(model: onnx.ModelProto) -> int:
-    """The bytes that a model with external weights takes with them inside."""
-    tensors = 0
+@dataclass(frozen=True)
+class Span:
+    """Bytes of the file of weights."""
+
+    offset: int
+    length: int
+
+
+def single_file(model: onnx.ModelProto) -> list[bytes | Span]:
+    """A model with external weights as one file holds it: pieces of protobuf, and spans of the file of weights.
+
+    `model` is taken apart.
+    """
+    tensors: list[bytes | Span] = []
     for tensor in model.graph.initializer:
-        size = 0
+        span = None
         if tensor.data_location == onnx.TensorProto.EXTERNAL:
-            size = next(int(e.value) for e in tensor.external_data if e.key == "length")
+            facts = {e.key: int(e.value) for e in tensor.external_data if e.key in ("offset", "length")}
+            span = Span(facts.get("offset", 0), facts["length"])
             del tensor.external_data[:]
             tensor.ClearField("data_location")
-        tensors += _field(tensor.ByteSize() + (_field(size) if size else 0))
+        body = tensor.SerializeToString() + (_head(_RAW_DATA, span.length) if span else b"")
+        tensors += [_head(_INITIALIZER, len(body) + (span.length if span else 0)), body, *([span] if span else [])]
     del model.graph.initializer[:]
-    graph = model.graph.ByteSize() + tensors
+    graph = model.graph.SerializeToString()
     model.ClearField("graph")
-    return model.ByteSize() + _field(graph)
+    return [model.SerializeToString(), _head(_GRAPH, len(graph) + size_of(tensors)), graph, *tensors]
 
 
-def _field(length: int) -> int:
-    """A protobuf field of `length` bytes, with its tag (fields up to 15) and its length."""
-    return 1 + max(1, -(-length.bit_length() // 7)) + length
+def size_of(pieces: list[bytes | Span]) -> int:
+    """Their bytes together."""
+    return sum(p.length if isinstance(p, Span) else len(p) for p in pieces)
+
+
+# Numbers of protobuf fields: ModelProto.graph, GraphProto.initializer, TensorProto.raw_data.
+_GRAPH, _INITIALIZER, _RAW_DATA = 7, 5, 9
+
+
+def _head(number: int, length: int) -> bytes:
+    """What stands before a protobuf field of bytes: its tag and its length."""
+    parts = [number << 3 | 2]
+    while length > 127:
+        parts.append(length & 127 | 128)
+        length >>= 7
+    return bytes([*parts, length])

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
-
-import torch
 
 
 @dataclass
@@ -20,12 +19,11 @@ class Extremes:
     faded_high: float = 0.0
     count: int = 0
 
-    def add(self, lows: torch.Tensor, highs: torch.Tensor) -> None:
-        """Take in the smallest and largest values of samples, each [N], float64."""
-        ages = torch.arange(len(lows) - 1, -1, -1, dtype=torch.float64)
-        weights = (1 - self.decay) * self.decay**ages
-        self.low, self.high = min(self.low, float(lows.min())), max(self.high, float(highs.max()))
-        self._append(float(lows @ weights), float(highs @ weights), len(lows))
+    def add(self, lows: Sequence[float], highs: Sequence[float]) -> None:
+        """Take in the smallest and the largest value of each of some samples."""
+        self.low, self.high = min(self.low, *lows), max(self.high, *highs)
+        for low, high in zip(lows, highs):
+            self._append((1 - self.decay) * low, (1 - self.decay) * high, 1)
 
     def merge(self, other: Extremes) -> None:
         """Take in what another saw after this one."""

@@ -6,6 +6,7 @@ samples were batched; `a.merge(b)` is what one observer would hold that saw the 
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -44,14 +45,14 @@ class RangeObserver:
         if not x.numel():
             return
         rows = sample_rows(x, samples)
-        lows, highs = rows.amin(1).double(), rows.amax(1).double()
-        if not bool((torch.isfinite(lows) & torch.isfinite(highs)).all()):
+        lows, highs = rows.amin(1).tolist(), rows.amax(1).tolist()
+        if not all(map(math.isfinite, (*lows, *highs))):
             raise QuantizationError(
                 "calibration met NaN or infinity in an activation", hint="look for overflow in model and data"
             )
         self.statistics.extremes.add(lows, highs)
         if self._keeps_histogram():
-            self.statistics.histogram.add(thinned(rows), float(lows.min()), float(highs.max()))
+            self.statistics.histogram.add(thinned(rows), min(lows), max(highs))
         self._chosen.clear()
 
     def merge(self, other: RangeObserver) -> None:

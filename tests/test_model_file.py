@@ -1,0 +1,62 @@
+"""A model that waits in a file is the model that `lower` gives."""
+
+from __future__ import annotations
+
+import gc
+
+import onnx
+import pytest
+import torch
+from torch import nn
+
+import fxpress
+from fxpress.backends.onnx.lower import lower
+from fxpress.runtime import model_file
+from fxpress.runtime.model_file import ModelFile
+from fxpress.runtime.session import make_session
+
+
+class Net(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b = nn.Conv2d(3, 64, 3), nn.Linear(64, 200)
+
+    def forward(self, x):
+        return self.b(torch.relu(self.a(x)).mean((2, 3)) * 2)
+
+
+@pytest.mark.parametrize("in_memory", [True, False])
+def test_the_file_holds_what_lowering_gives(monkeypatch, tmp_path, in_memory):
+    monkeypatch.setattr(model_file, "_IN_MEMORY", 10**9 if in_memory else 0)
+    program = fxpress.capture(Net().eval(), torch.randn(2, 3, 8, 8))
+    waiting, expected = ModelFile(program), lower(program)
+    assert isinstance(waiting.source, onnx.ModelProto) == in_memory
+    assert waiting.load() == expected
+    assert waiting.size_bytes == expected.ByteSize()
+    waiting.save(tmp_path / "one.onnx")
+    assert (tmp_path / "one.onnx").stat().st_size == waiting.size_bytes
+    assert onnx.load(tmp_path / "one.onnx") == expected
+    x = torch.randn(2, 3, 8, 8)
+    for source in (waiting.source, tmp_path / "one.onnx"):
+        torch.testing.assert_close(torch.from_numpy(make_session(source).run(x.numpy())[0]), program(x).detach())
+
+
+def test_the_file_goes_away_with_the_object(monkeypatch):
+    monkeypatch.setattr(model_file, "_IN_MEMORY", 0)
+    waiting = ModelFile(fxpress.capture(Net().eval(), torch.randn(2, 3, 8, 8)))
+    folder = waiting.source.parent
+    assert folder.is_dir()
+    del waiting
+    gc.collect()
+    assert not folder.exists()
+
+
+def test_where_no_file_can_be_written_the_model_stays_in_memory(monkeypatch):
+    def full(*args, **kwargs):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(model_file, "_IN_MEMORY", 0)
+    monkeypatch.setattr(model_file.ir, "save", full)
+    waiting = ModelFile(fxpress.capture(Net().eval(), torch.randn(2, 3, 8, 8)))
+    assert isinstance(waiting.source, onnx.ModelProto)
+    make_session(waiting.source)
