@@ -130,7 +130,7 @@ INTEGER = {
         {"QLinearConv": 2},
         (*FLOAT_CONVS, "BatchNormalization"),
     ),
-    "grouped conv": (nn.Sequential(conv(groups=2), conv()), {"QLinearConv": 2}, FLOAT_CONVS),
+    "grouped conv": (nn.Sequential(conv(8, 16), conv(16, 16, groups=2), conv(16)), {"QLinearConv": 3}, FLOAT_CONVS),
     "depthwise conv": (nn.Sequential(conv(groups=8), nn.ReLU(), conv()), {"QLinearConv": 2}, FLOAT_CONVS),
     "same padding": (nn.Sequential(nn.Conv2d(8, 8, 3, padding="same"), conv()), {"QLinearConv": 2}, FLOAT_CONVS),
     "strided, dilated conv": (nn.Sequential(conv(stride=2), conv(dilation=2)), {"QLinearConv": 2}, FLOAT_CONVS),
@@ -293,13 +293,16 @@ def test_hardswish_saturates_where_the_function_does():
     assert 10 * torch.log10(b.square().sum() / (a - b).square().sum()) > 35
 
 
-def test_large_depthwise_convolutions_are_a_form_that_is_off():
-    module = nn.Sequential(conv(), conv(k=7, groups=8), conv())
+@pytest.mark.parametrize("options", [{"k": 7, "groups": 8}, {"groups": 2}], ids=["large-depthwise", "narrow-groups"])
+def test_convolutions_that_are_slower_on_integers_are_forms_that_are_off(options, request):
+    module = nn.Sequential(conv(), conv(**options), conv())
     _, model = compiled(module)
     got = operators(model)
     assert (got.get("QLinearConv"), got.get("Conv")) == (2, 1), got
-    _, model = compiled(module, pipeline=f"{PIPELINE}{{use_integer=[conv2d_1]}}")
-    assert operators(model)["QLinearConv"] == 3
+    form = request.node.callspec.id
+    for option in ("use_integer=[conv2d_1]", f"forms=[{form}]"):
+        _, model = compiled(module, pipeline=f"{PIPELINE}{{{option}}}")
+        assert operators(model)["QLinearConv"] == 3
 
 
 class MaskedAttention(nn.Module):

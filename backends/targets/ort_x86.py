@@ -21,6 +21,7 @@ from ...passes.quantize.conditions import (
     two_dimensional,
     two_tensors,
     whole_multiple,
+    wide_groups,
 )
 from ...passes.quantize.spec import NumberFormat, QuantParams, Row, Target, as_float32
 
@@ -66,12 +67,21 @@ TARGET = Target(
     rows=(
         # Conv with quantized input and output: QLinearConv. Without a quantized output it would run in float and
         # dequantize its weights at every call.
-        Row(_CONVS, "layer", ("input",), (floating, constant_weights, small_depthwise)),
+        Row(_CONVS, "layer", ("input",), (floating, constant_weights, small_depthwise, wide_groups)),
         Row(
             _CONVS,
             "layer",
             ("input",),
-            (floating, constant_weights),
+            (floating, constant_weights, small_depthwise),
+            form="narrow-groups",
+            optional=True,
+            reason="a convolution in groups of 2 to 4 channels takes 1.7 times as long on integers as in float",
+        ),
+        Row(
+            _CONVS,
+            "layer",
+            ("input",),
+            (floating, constant_weights, wide_groups),
             form="large-depthwise",
             optional=True,
             reason="a depthwise convolution of 7x7 takes twice as long on integers as in float",

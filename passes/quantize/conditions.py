@@ -45,12 +45,23 @@ def floating(node: fx.Node) -> str | None:
     return "it does not compute on float32"
 
 
+LARGE_WINDOW = 49  # values of a channel
+
+
 def small_depthwise(node: fx.Node) -> str | None:
-    """A convolution that is not depthwise, or reads fewer than 7x7 values of its channel."""
+    """A convolution that is not depthwise over height and width, or whose window is smaller than 7x7."""
     weight = _shape(node.args[1])
-    if argument(node, "groups") == 1 or weight is None or weight[1] != 1 or math.prod(weight[2:]) < 49:
+    if argument(node, "groups") == 1 or weight is None or len(weight) != 4 or weight[1] != 1:
         return None
-    return "it is depthwise with a large window"
+    return None if math.prod(weight[2:]) < LARGE_WINDOW else "it is depthwise with a large window"
+
+
+def wide_groups(node: fx.Node) -> str | None:
+    """A convolution without groups of 2 to 4 channels."""
+    weight = _shape(node.args[1])
+    if argument(node, "groups") == 1 or weight is None or len(weight) != 4 or not 1 < weight[1] <= 4:
+        return None
+    return "its groups have few channels"
 
 
 def two_dimensional(node: fx.Node) -> str | None:

@@ -22,6 +22,7 @@ from torch import fx
 
 from ...frontend.program import Program
 from ..rewrite import argument, aten, call_before, constant, is_constant, is_op, put_constant, replace
+from .conditions import LARGE_WINDOW
 from .spec import KEPT_FLOAT, USE_INTEGER, Target
 
 
@@ -116,6 +117,8 @@ def _average_pool(program: Program, node: fx.Node) -> fx.Node | None:
         return None
     kernel = argument(node, "kernel_size")
     kernel = [kernel[0], kernel[-1]]
+    if kernel[0] * kernel[1] >= LARGE_WINDOW:
+        return None
     stride = argument(node, "stride") or kernel
     weight = torch.full((value.shape[1], 1, *kernel), 1.0 / (kernel[0] * kernel[1]))
     stored = put_constant(program, f"average.{node.name}", weight, node)
