@@ -138,7 +138,7 @@ class QAT(Training):
     soft: float = 0.0
     labels: float = 1.0
     temperature: float = 4.0
-    freeze: float | None = 0.5
+    freeze: float | None = 0.75
     ranges: str = "auto"
     keep_float: tuple[str, ...] = ()
     learn_scales: bool = True

@@ -6,7 +6,7 @@
 
 The steps are passes; only the training is here. BatchNorm trains on the statistics of its batch at first. From the
 freeze point on it uses its running statistics, as the folded program will, and the weights settle for those (Jacob et
-al. 2018, Krishnamoorthi 2018). Without a freeze point the statistics lag behind the weights to the end, so they are
+al. 2018, Krishnamoorthi 2018). It comes late, at a low learning rate: nothing normalizes large steps any more. Without a freeze point the statistics lag behind the weights to the end, so they are
 then computed anew on the calibration data.
 """
 
@@ -49,7 +49,7 @@ class Simulation:
     """
 
     fake: FakeQuantize = field(default_factory=FakeQuantize)
-    freeze: float | None = 0.5
+    freeze: float | None = 0.75
     reestimate: bool | None = None
 
     def __post_init__(self) -> None:
