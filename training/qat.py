@@ -6,8 +6,8 @@
 
 The steps are passes; only the training is here. BatchNorm trains on the statistics of its batch at first. From the
 freeze point on it uses its running statistics, as the folded program will, and the weights settle for those (Jacob et
-al. 2018, Krishnamoorthi 2018). It comes late, at a low learning rate: nothing normalizes large steps any more. Without a freeze point the statistics lag behind the weights to the end, so they are
-then computed anew on the calibration data.
+al. 2018, Krishnamoorthi 2018). It comes late, at a low learning rate: nothing normalizes large steps any more. Without
+a freeze point the statistics lag behind the weights to the end, so they are then computed anew on the calibration data.
 """
 
 from __future__ import annotations
