@@ -44,6 +44,7 @@ from fxpress.runtime.session import make_session
 
 PREPARE = "cleanup,canonicalize,fuse-batchnorm"
 PLAIN = "quantize"
+CLIPPED = "quantize{weights=mse}"
 BIAS = "quantize,correct-bias"
 LEARNED = "quantize,learn-rounding"
 EQUAL = "equalize,quantize"
@@ -170,13 +171,13 @@ def batches(x: torch.Tensor, size: int = 50) -> list[tuple[torch.Tensor, ...]]:
 # -- rows ----------------------------------------------------------------------------------------------------------
 
 ROWS: dict[str, tuple[Callable[[], Case], Callable[[], Target], tuple[str, ...]]] = {
-    "resnet20": (lambda: cifar(cifar_resnet20, "cifar_resnet20.th"), int8, (PLAIN, BIAS, ALL)),
+    "resnet20": (lambda: cifar(cifar_resnet20, "cifar_resnet20.th"), int8, (PLAIN, CLIPPED, BIAS, ALL)),
     "resnet32": (lambda: cifar(cifar_resnet32, "cifar_resnet32.th"), int8, (PLAIN, BIAS, ALL)),
-    "resnet20-4bit": (lambda: cifar(cifar_resnet20, "cifar_resnet20.th"), four_bits, (PLAIN, BIAS, LEARNED, ALL)),
+    "resnet20-4bit": (lambda: cifar(cifar_resnet20, "cifar_resnet20.th"), four_bits, (PLAIN, CLIPPED, BIAS, LEARNED, ALL)),
     "resnet20-scaled": (
         lambda: cifar(cifar_resnet20, "cifar_resnet20.th", spoil=True), per_tensor, (PLAIN, EQUAL, BIAS, ALL),
     ),
-    "mobilenet_v2": (mobilenet_v2, int8, (PLAIN, BIAS, ALL)),
+    "mobilenet_v2": (mobilenet_v2, int8, (PLAIN, CLIPPED, BIAS, ALL)),
     "mobilenet_v2-per-tensor": (mobilenet_v2, per_tensor, (PLAIN, EQUAL, BIAS)),
     "deit_tiny-outliers": (deit_tiny, int8, (PLAIN, SMOOTH, f"{SMOOTH},correct-bias")),
     "bert-outliers": (bert, int8, (PLAIN, SMOOTH, INSERT)),

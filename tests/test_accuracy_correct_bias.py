@@ -14,7 +14,7 @@ from fxpress.errors import DataError, OptionError, PipelineError
 from fxpress.passes.base import Context
 from fxpress.passes.manager import run_passes
 from fxpress.passes.prune.recovery.partial_run import PartialRun
-from fxpress.passes.quantize.accuracy.correct_bias import correct_biases
+from fxpress.passes.quantize.accuracy.correct_bias import correct_biases, typical
 from fxpress.passes.quantize.accuracy.float_twin import FLOAT_TWIN, make_twins
 from fxpress.passes.quantize.passes import Quantize
 from fxpress.passes.rewrite import constant
@@ -63,13 +63,14 @@ def quantized(program, context) -> fxpress.Program:
 
 
 def channel_means(program, node, batches) -> torch.Tensor:
+    """Of each sample: [samples, channels]."""
     run = PartialRun(program, [node])
     with torch.no_grad():
         values = torch.cat([run(b)[node] for b in batches])
-    return values.transpose(0, 1).flatten(1).mean(1)
+    return values.flatten(2).mean(2) if values.ndim > 2 else values
 
 
-def test_the_means_are_those_of_the_float_program(program):
+def test_the_typical_means_are_those_of_the_float_program(program):
     ctx = context()
     result = quantized(program, ctx)
     twins = make_twins(result, ctx, "test")
@@ -78,8 +79,8 @@ def test_the_means_are_those_of_the_float_program(program):
     correct_biases(twins, data(), ctx)
     for layer in twins.layers():
         wanted = channel_means(twins.floating, layer.twin, data())
-        off = (channel_means(result, layer.node, data()) - wanted).abs().max()
-        assert off < 0.02 * (before[layer.node] - wanted).abs().max()
+        off = (channel_means(result, layer.node, data()) - wanted).median(0).values.abs().max()
+        assert off < 0.05 * (before[layer.node] - wanted).median(0).values.abs().max()
 
 
 def test_it_helps_coarse_weights_and_stays_integers(program):
@@ -118,3 +119,9 @@ def test_the_float_program_is_kept_only_where_it_is_wanted(program):
     assert FLOAT_TWIN not in ctx.results
     run_passes(program, "quantize{ranges=minmax},correct-bias", ctx)
     assert FLOAT_TWIN in ctx.results
+
+
+def test_the_median_does_not_follow_a_few_samples():
+    shifts = torch.tensor([[1.0, 2.0], [1.0, 2.0], [3.0, 2.0], [1000.0, -1000.0]])
+    assert typical(shifts).tolist() == [2.0, 2.0]
+    assert typical(shifts[:3]).tolist() == [1.0, 2.0]

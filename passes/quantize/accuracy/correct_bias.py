@@ -38,9 +38,12 @@ class CorrectBias(Pass):
 
     Nagel et al. 2019 (arXiv 1906.04721), section 4.2, in its empirical form: b' = b + E[y] - E[y_q] per output channel,
     where y is the float layer's output (before its activation) and y_q that of the integer layer in the quantized
-    network. Layers are corrected in order, each behind the corrected ones before it; the means stream over `samples`
-    calibration samples. The correction goes into the int32 bias (a layer without one gets one), so it costs nothing.
-    Kept only if the outputs on samples that it was not fitted to come closer to the float program's.
+    network. Instead of the mean over all samples, the median of the samples' own differences is taken: where a range
+    clips a few huge values, their mean difference is nothing that other samples should be shifted by (MobileNetV2:
+    11.7 dB by the mean, 21.4 dB by the median, 19.4 dB without). Layers are corrected in order, each behind the
+    corrected ones before it; of `samples` calibration samples only their channels' means are held.
+    The correction goes into the int32 bias (a layer without one gets one), so it costs nothing. Kept only if the
+    outputs on samples that it was not fitted to come closer to the float program's.
     """
 
     name = "correct-bias"
@@ -75,25 +78,37 @@ def correct_biases(twins: Twins, batches: list[Batch], context: Context) -> int:
         front.start(stage, level)
         got = _means(front, batches)
         for node in level:
-            shift_bias(twins.program, layers[node], expected[layers[node].twin] - got[node])
+            shift_bias(twins.program, layers[node], typical(expected[layers[node].twin] - got[node]))
         done += len(level)
         if context.progress:
             context.progress(CorrectBias.name, done, len(layers))
     return len(layers)
 
 
+def typical(shifts: torch.Tensor) -> torch.Tensor:
+    """The median over samples of [samples, channels], float64[channels]."""
+    ordered, count = shifts.double().sort(0).values, len(shifts)
+    return (ordered[(count - 1) // 2] + ordered[count // 2]) / 2
+
+
 def _means(run: PartialRun | Front, batches: list[Batch]) -> dict[fx.Node, torch.Tensor]:
-    """The mean of each output channel of each wanted node over the batches, float64."""
-    sums: dict[fx.Node, torch.Tensor] = {}
-    counts: dict[fx.Node, int] = {}
+    """The mean of each output channel of each wanted node for each sample, float32[samples, channels]."""
+    found: dict[fx.Node, list[torch.Tensor]] = {}
     for number, batch in enumerate(batches):
         with torch.no_grad():
             values = run(number, batch) if isinstance(run, Front) else run(batch)
         for node, value in values.items():
-            channels = by_channel(node, value)
-            sums[node] = sums.get(node, 0.0) + channels.sum(1)
-            counts[node] = counts.get(node, 0) + channels.shape[1]
-    return {node: total / counts[node] for node, total in sums.items()}
+            found.setdefault(node, []).append(sample_means(node, value, batch))
+    return {node: torch.cat(parts) for node, parts in found.items()}
+
+
+def sample_means(layer: fx.Node, value: torch.Tensor, batch: Batch) -> torch.Tensor:
+    """The mean of each channel for each sample of the batch (as one, where its rows are not the samples')."""
+    channels = by_channel(layer, value)
+    samples = int(batch[0].shape[0]) if batch[0].ndim else 1
+    if channels.shape[1] % samples:
+        samples = 1
+    return channels.reshape(len(channels), samples, -1).mean(2).t().float()
 
 
 def by_channel(layer: fx.Node, value: torch.Tensor) -> torch.Tensor:

@@ -17,7 +17,7 @@ from ..annotate import annotation
 from ..spec import Target
 from ..stem import blocked_weight
 from .blocks import Block, find_blocks
-from .correct_bias import by_channel, shift_bias
+from .correct_bias import sample_means, shift_bias, typical
 from .float_twin import FLOAT_TWIN, IntegerLayer, Twins, make_twins
 from .soft_rounding import SoftWeight, differentiable, sharpness, soften
 from .trials import Batch, Verdict, judge_outputs, required_target, split_samples
@@ -224,8 +224,8 @@ class Learning:
             for example in task.fit:
                 with torch.no_grad():
                     value = run(example.batch, example.given)[layer.node]
-                shifts.append(example.means[layer] - by_channel(layer.node, value).mean(1))
-            shift_bias(self.twins.program, layer, torch.stack(shifts).mean(0))
+                shifts.append(example.means[layer] - sample_means(layer.node, value, example.batch))
+            shift_bias(self.twins.program, layer, typical(torch.cat(shifts)))
         return task.error(self.twins.program, task.judge)
 
     def _soften(self, layer: IntegerLayer) -> SoftWeight | None:
@@ -248,7 +248,7 @@ def _example(chunk: _Chunk, unit: Block, reads: PartialRun | None, gives: Partia
     with torch.no_grad():
         given = reads(chunk.batch, chunk.quantized) if reads else chunk.quantized
         wanted = gives(chunk.batch, chunk.floating)
-    means = {k: by_channel(k.twin, wanted[k.twin]).mean(1) for k in unit.layers}
+    means = {k: sample_means(k.twin, wanted[k.twin], chunk.batch) for k in unit.layers}
     return _Example(chunk.batch, given, [wanted[twin] for _, twin in unit.ends], means)
 
 
