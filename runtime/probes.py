@@ -79,7 +79,7 @@ def _convolution(graph: onnx.GraphProto, value: onnx.ValueInfoProto, source: str
 
 
 def _constants() -> list[TensorProto]:
-    values = {
+    values: dict[str, np.ndarray] = {
         "scale": np.array(0.02, np.float32),
         "none": np.array(0, np.int8),
         f"zero{TensorProto.UINT8}": np.array(128, np.uint8),

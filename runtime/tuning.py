@@ -16,7 +16,6 @@ that the pipeline makes the same model again without tuning.
 
 from __future__ import annotations
 
-import dataclasses
 import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
@@ -128,8 +127,8 @@ class _Search:
     def _with_all_forms(self, asked: tuple[str, ...]) -> tuple[Target, tuple[str, ...]]:
         """Every optional form of the target that means something for this program is open to be chosen."""
         target, forms = self.plain.with_forms(asked), asked
-        refused = {f.removeprefix("-") for f in asked}
-        for name in [n for n, on in target.forms.items() if not on and n not in refused]:
+        named = {f.removeprefix("-") for f in asked}
+        for name in [n for n, on in target.forms.items() if not on and n not in named]:
             trial = target.with_forms([name])
             if self._integers(trial, self.keep_float) != self._integers(target, self.keep_float):
                 target, forms = trial, (*forms, name)
@@ -295,8 +294,3 @@ class _Search:
 
     def _floats(self, trial: Trial) -> frozenset[int]:
         return self.atoms.floats_of(trial.placement.integers)
-
-
-def best_placement(passes: Sequence[Pass], tuning: Tuning) -> Placement:
-    """The placement to compile with."""
-    return dataclasses.replace(tuning.best.placement)
