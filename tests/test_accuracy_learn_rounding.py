@@ -14,12 +14,14 @@ from fxpress.backends.targets import load_target
 from fxpress.errors import OptionError, PipelineError
 from fxpress.passes.base import Context
 from fxpress.passes.manager import run_passes
+from fxpress.passes.pipeline import parse_pipeline, print_pipeline
 from fxpress.passes.quantize.accuracy.blocks import find_blocks
 from fxpress.passes.quantize.accuracy.float_twin import FLOAT_TWIN, make_twins
 from fxpress.passes.quantize.accuracy.learn_rounding import samples_within
 from fxpress.passes.quantize.accuracy.soft_rounding import sharpness, soften
 from fxpress.passes.quantize.passes import Quantize
 from fxpress.passes.rewrite import constant
+from fxpress.recipe import load_recipe
 from fxpress.runtime.verify import check_layers
 
 TARGET = load_target("ort-x86")
@@ -199,3 +201,13 @@ def test_transformers_are_learned_by_their_residual_blocks():
     assert sqnr(program(tokens[1][0]), result(tokens[1][0])) > sqnr(program(tokens[1][0]), plain(tokens[1][0])) + 1
     blocks = find_blocks(make_twins(result, context, "test"))
     assert [len(b.layers) for b in blocks] == [2, 2, 2, 2]
+
+
+def test_the_recipe_chains_all_and_compiles():
+    text = load_recipe("int8-accurate").pipeline
+    assert print_pipeline(parse_pipeline(text)) == text
+    short = text.replace("learn-rounding", "learn-rounding{steps=10}")
+    artifact = fxpress.compile(Net().eval(), data()[0], calibration=data(), pipeline=short)
+    assert all(p["kept"] for p in artifact.report["promises"])
+    stages = {s["pass"]: s["notes"] for s in artifact.report["stages"]}
+    assert all("SQNR" in stages[name][0] for name in ("equalize", "learn-rounding", "correct-bias"))
