@@ -22,7 +22,7 @@ from ..rewrite import call_after
 from .annotate import annotation, upper_bound
 from .conditions import rescaling
 from .ranges.channels import RangeChoice
-from .ranges.observers import Observer
+from .ranges.observers import Observer, make_observer
 from .running import Runner, in_parts
 from .shared_calibration import merge_observed, own_batches
 from .spec import MOVING, NumberFormat, QuantParams
@@ -93,8 +93,19 @@ def insert_observers(program: Program, ranges: RangeChoice) -> int:
             observed[note.output] = {site.form: _observe_node(note.output, site)}
             for reader in readers:
                 reader.replace_input_with(note.output, observed[note.output][site.form])
+    _never_clip_outputs(program, sites)
     program.graph_module.meta["observers"] = sites
     return len(sites.by_key)
+
+
+def _never_clip_outputs(program: Program, sites: Sites) -> None:
+    """The largest values of an output are what it is read for (the class with the highest score), so the rules that
+    clip them for the sake of the others do not apply: its range is all that was seen."""
+    for node in program.output_nodes():
+        if node.target is torch.ops.fxpress.observe.default:
+            root = sites.root(int(node.args[1]))  # type: ignore[arg-type]
+            if root.observer is not None:
+                root.observer = make_observer("minmax")
 
 
 def _observe_operand(
