@@ -130,7 +130,7 @@ def test_mistakes_are_explained(digits, program, pipeline, training, error, mess
 @pytest.mark.parametrize("last", ["finetune", "fuse-batchnorm{keep=true},qat"])
 def test_the_zeros_of_a_sparse_plan_stay(digits, program, last):
     data, calibration = (digits.inputs[:256], digits.labels[:256]), [(digits.inputs[:64],)]
-    sparse = "cleanup,prune{kind=unstructured,params=0.5}"
+    sparse = "cleanup,prune{kind=unstructured,ratio=0.5}"
     before = run(program, sparse).state_dict()["right.0.0.weight"]
     after = run(program, f"{sparse},{last}", data, calibration).state_dict()["right.0.0.weight"]
     assert (before == 0).float().mean() > 0.2
