@@ -25,7 +25,7 @@ from torch import fx
 from torch.utils import _pytree as pytree
 
 from ..errors import FxpressError
-from .simulate import Simulator
+from .simulate import Simulator, has_integers
 from .tensor_info import TensorInfo
 
 _FRAME = re.compile(r'File "(?P<file>[^"]+)", line (?P<line>\d+), in (?P<function>\S+)')
@@ -67,10 +67,9 @@ class Program:
     # -- running ------------------------------------------------------------------------------------------------
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        simulator = Simulator(self.graph_module)
-        if not simulator.kernels:
+        if not has_integers(self.graph):
             return self.graph_module(*args, **kwargs)
-        result = simulator.run(*self._leaves(args, kwargs), enable_io_processing=False)
+        result = Simulator(self.graph_module).run(*self._leaves(args, kwargs), enable_io_processing=False)
         return self.graph.process_outputs(result)
 
     def _leaves(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Any]:

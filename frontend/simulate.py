@@ -69,6 +69,12 @@ class Kernel:
     compute: Callable[..., torch.Tensor]
 
 
+def has_integers(graph: fx.Graph) -> bool:
+    """Does the graph read quantized tensors, so that there may be kernels to follow?"""
+    declare_operators()
+    return any(n.target is torch.ops.fxpress.dequantize.default for n in graph.nodes)
+
+
 def kernels_of(graph: fx.Graph) -> dict[fx.Node, Kernel]:
     """The nodes that an integer kernel computes, `quantize` nodes and layers with float output."""
     declare_operators()
