@@ -12,7 +12,9 @@ import torch
 
 from .backends.onnx.lower import lower
 from .backends.targets import load_target
-from .compilation import compile_program, latency_clock
+from .compilation.placing import runs_here
+from .compilation.settings import Progress, Settings, Stages, quantizes, trains
+from .compilation.steps import compile_program, latency_clock
 from .errors import DataError, OptionError
 from .frontend.batches import Batches, as_batches
 from .frontend.capture import capture
@@ -26,12 +28,10 @@ from .passes.prune import planning
 from .passes.prune.plan import PruningPlan
 from .passes.quantize.passes import Ranges
 from .passes.quantize.placement.fallback import Budget
-from .placing import runs_here
 from .recipe import DEFAULT, parse_drop, resolve_passes
 from .runtime.artifact import Artifact, check_output
 from .runtime.evaluate import Evaluate
 from .runtime.latency import MeasuredLatencies
-from .settings import Progress, Settings, Stages, quantizes, trains
 from .training.distributed import TorchProcesses, join_processes
 
 _TARGET = "ort-x86"

@@ -115,8 +115,8 @@ def compile_(
     as_json: Json = False,
 ) -> int:
     """Compile a model, verify it and write OUT with its report."""
-    from .cli_compile import Request, compile_model
-    from .cli_passes import load_plugins
+    from .commands.compile import Request, compile_model
+    from .commands.passes import load_plugins
 
     if pipeline is not None and recipe is not None:
         raise OptionError("--recipe has no effect beside --pipeline", hint="give one of the two")
@@ -140,7 +140,7 @@ def inspect(
     as_json: Json = False,
 ) -> int:
     """Parameters, MACs, groups, blocks, and what cannot be pruned or quantized and why."""
-    from .cli_inspect import inspect_artifact, inspect_model
+    from .commands.inspect import inspect_artifact, inspect_model
 
     if Path(model).is_dir():
         if weights is not None or input_size is not None or everything:
@@ -159,7 +159,7 @@ def eval_(
     as_json: Json = False,
 ) -> int:
     """Metric and latency, float against compiled."""
-    from .cli_measure import evaluate_artifact
+    from .commands.measure import evaluate_artifact
 
     return evaluate_artifact(folder, data, preprocess, threads, as_json)
 
@@ -175,7 +175,7 @@ def bench(
     as_json: Json = False,
 ) -> int:
     """Latency by interleaved medians."""
-    from .cli_measure import bench_artifact
+    from .commands.measure import bench_artifact
 
     return bench_artifact(folder, against, seconds, threads, as_json)
 
@@ -187,7 +187,7 @@ def explain(
     as_json: Json = False,
 ) -> int:
     """One layer: range, error, or why it stays in float."""
-    from .cli_inspect import explain_node
+    from .commands.inspect import explain_node
 
     return explain_node(folder, node, as_json)
 
@@ -204,7 +204,7 @@ def opt(
     plugin: Plugins = None,
 ) -> int:
     """Run passes on a saved Program."""
-    from .cli_passes import load_plugins, optimize
+    from .commands.passes import load_plugins, optimize
 
     load_plugins(plugin or [])
     return optimize(source, pipeline, output, target, data, seed, dump)
@@ -213,7 +213,7 @@ def opt(
 @app.command("passes")
 def passes_(plugin: Plugins = None, as_json: Json = False) -> int:
     """The passes that pipelines are made of."""
-    from .cli_passes import list_passes, load_plugins
+    from .commands.passes import list_passes, load_plugins
 
     load_plugins(plugin or [])
     return list_passes(as_json)
@@ -222,7 +222,7 @@ def passes_(plugin: Plugins = None, as_json: Json = False) -> int:
 @app.command()
 def targets(as_json: Json = False) -> int:
     """The targets that can be compiled for."""
-    from .cli_passes import list_targets
+    from .commands.passes import list_targets
 
     return list_targets(as_json)
 
@@ -230,7 +230,7 @@ def targets(as_json: Json = False) -> int:
 @app.command()
 def recipes(as_json: Json = False) -> int:
     """The built-in recipes."""
-    from .cli_passes import list_recipes
+    from .commands.passes import list_recipes
 
     return list_recipes(as_json)
 
@@ -244,8 +244,8 @@ def rerun(
     plugin: Plugins = None,
 ) -> int:
     """Replay a failure."""
-    from .cli_passes import load_plugins
-    from .cli_passes import rerun as replay
+    from .commands.passes import load_plugins
+    from .commands.passes import rerun as replay
 
     load_plugins(plugin or [])
     return replay(crash, target, data, dump)
@@ -261,7 +261,7 @@ def demo(
     as_json: Json = False,
 ) -> int:
     """The main job on data that comes with the installation: train, prune, fine-tune, compile, verify."""
-    from .cli_demo import run
+    from .commands.demo import run
 
     return run(output, seed, threads, as_json)
 
@@ -288,7 +288,7 @@ def main(arguments: list[str] | None = None) -> None:
 
 def guarded(run: Callable[[], int | None]) -> int:
     """Run and turn what a user can mend into one message and exit code 1."""
-    from .cli_screen import show_error
+    from .commands.screen import show_error
 
     try:
         return run() or 0

@@ -14,12 +14,12 @@ import torch
 from torch import nn
 
 from .api import compile
+from .compilation.settings import Progress
 from .errors import SourceError
 from .frontend.capture import capture
 from .passes.prune.planning import plan_pruning
 from .runtime.artifact import Artifact, check_output
 from .runtime.evaluate import Top1
-from .settings import Progress
 from .training.loop import finetune
 from .training.options import AdamW, TrainingOptions
 from .training.threads import torch_threads

@@ -21,10 +21,11 @@ import torch
 from int8_accuracy import DATA, collect
 from models import cifar_resnet20
 
-from fxpress.allowance import Budget
 from fxpress.api import capture
 from fxpress.backends.targets import load_target
-from fxpress.compilation import compile_program
+from fxpress.compilation.allowance import Budget
+from fxpress.compilation.settings import Settings, Stages
+from fxpress.compilation.steps import compile_program
 from fxpress.frontend.batches import as_batches
 from fxpress.frontend.sources import load_source
 from fxpress.frontend.weights import load_weights
@@ -33,7 +34,6 @@ from fxpress.passes.quantize.spec import Target
 from fxpress.runtime.artifact import Artifact
 from fxpress.runtime.evaluate import Top1, measure, session_runner
 from fxpress.runtime.session import make_session
-from fxpress.settings import Settings, Stages
 
 CASES = ("per-tensor", "five-bit", "contrast", "resnet20")
 PREPARE = "cleanup,canonicalize,fuse-batchnorm"

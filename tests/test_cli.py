@@ -244,7 +244,7 @@ def test_help_and_version_do_not_load_torch():
 
 
 def test_progress_is_drawn_on_a_terminal_only(capsys):
-    from fxpress.cli_screen import progress_display
+    from fxpress.commands.screen import progress_display
 
     with progress_display() as progress:
         assert progress is None  # under pytest stderr is no terminal
@@ -254,7 +254,7 @@ def test_progress_is_drawn_on_a_terminal_only(capsys):
 def test_progress_on_a_terminal(monkeypatch, capsys):
     import io
 
-    from fxpress.cli_screen import progress_display
+    from fxpress.commands.screen import progress_display
 
     class Terminal(io.StringIO):
         def isatty(self):

@@ -182,7 +182,7 @@ def test_a_trial_is_what_the_pipeline_makes(poisoned):
 
 
 def test_inspect_and_explain_show_it(artifact, capsys):
-    from fxpress.cli_inspect import explain_node, inspect_artifact
+    from fxpress.commands.inspect import explain_node, inspect_artifact
 
     inspect_artifact(artifact.path, as_json=False)
     explain_node(artifact.path, "b", as_json=False)
@@ -249,7 +249,7 @@ def test_what_is_fitted_behind_refines_the_result(poisoned):
 
 @pytest.mark.parametrize(("before", "after", "allowed"), [(0.8275, 0.8175, 0.01), (0.83, 0.82, 0.01), (0.3, 0.2, 0.1)])
 def test_the_allowance_is_meant_in_decimals(before, after, allowed):
-    from fxpress.allowance import drop_promise, least_allowed
+    from fxpress.compilation.allowance import drop_promise, least_allowed
 
     metrics = Metric("m", before, 1), Metric("m", after, 1)
     assert after >= least_allowed(before, allowed)

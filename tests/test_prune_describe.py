@@ -8,7 +8,7 @@ from torch import nn
 from torch.nn import functional as F
 
 import fxpress
-from fxpress import cli_inspect
+from fxpress.commands import inspect as cli_inspect
 from fxpress.passes.prune.describe import Coupling, alike, couplings, pinned_alike
 from fxpress.passes.prune.groups import find_groups, find_pinned
 from fxpress.passes.prune.rules.table import analyze

@@ -14,7 +14,7 @@ from torch import nn
 from torch.nn import functional as F
 
 import fxpress
-from fxpress.cli_passes import load_plugins
+from fxpress.commands.passes import load_plugins
 from fxpress.errors import DataError, FxpressError, OptionError, PruningError
 from fxpress.frontend.sources import load_file
 from fxpress.passes.base import Context

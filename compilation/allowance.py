@@ -15,14 +15,14 @@ from pathlib import Path
 import onnxruntime
 import torch
 
-from ._version import __version__
-from .backends.onnx.lower import lower
-from .errors import FxpressError
-from .frontend.program import Program
-from .passes.base import Context, Pass
-from .passes.pipeline import print_pipeline
-from .passes.quantize.passes import Annotate, Calibrate, Fold, Observe
-from .passes.quantize.placement.fallback import (
+from .._version import __version__
+from ..backends.onnx.lower import lower
+from ..errors import FxpressError
+from ..frontend.program import Program
+from ..passes.base import Context, Pass
+from ..passes.pipeline import print_pipeline
+from ..passes.quantize.passes import Annotate, Calibrate, Fold, Observe
+from ..passes.quantize.placement.fallback import (
     Budget,
     Exhausted,
     Search,
@@ -35,13 +35,13 @@ from .passes.quantize.placement.fallback import (
     refine,
     try_remedies,
 )
-from .passes.quantize.placement.journal import Journal, add_tensor, fingerprint
-from .passes.quantize.placement.sensitivity import Sensitivity
-from .passes.quantize.placement.trials import Trials, flat_steps, without_fitting
-from .runtime.evaluate import Evaluate, Metric, measure, session_runner, torch_runner
-from .runtime.report.build import Promise
-from .runtime.report.environment import describe_environment
-from .runtime.session import Session, make_session
+from ..passes.quantize.placement.journal import Journal, add_tensor, fingerprint
+from ..passes.quantize.placement.sensitivity import Sensitivity
+from ..passes.quantize.placement.trials import Trials, flat_steps, without_fitting
+from ..runtime.evaluate import Evaluate, Metric, measure, session_runner, torch_runner
+from ..runtime.report.build import Promise
+from ..runtime.report.environment import describe_environment
+from ..runtime.session import Session, make_session
 
 
 @dataclass(frozen=True)

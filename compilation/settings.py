@@ -9,13 +9,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from .frontend.preprocess import Preprocess
-from .frontend.program import Program, StageRecord
-from .passes.base import Pass, Processes
-from .passes.memory import peak_memory, return_memory
-from .passes.prune.plan import PruningPlan
-from .passes.quantize.placement.fallback import Budget
-from .passes.quantize.spec import Target
+from ..frontend.preprocess import Preprocess
+from ..frontend.program import Program, StageRecord
+from ..passes.base import Pass, Processes
+from ..passes.memory import peak_memory, return_memory
+from ..passes.prune.plan import PruningPlan
+from ..passes.quantize.placement.fallback import Budget
+from ..passes.quantize.spec import Target
 from .placing import runs_here
 
 # From the first of these on, layers are compared with the program as it was before.

@@ -10,13 +10,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from .cli_screen import emit_json, progress_display, say, show_report, warn
-from .errors import OptionError
+from ..errors import OptionError
+from .screen import emit_json, progress_display, say, show_report, warn
 
 if TYPE_CHECKING:
-    from .frontend.data import Data, Loading
-    from .frontend.preprocess import Preprocess
-    from .frontend.sources import Source
+    from ..frontend.data import Data, Loading
+    from ..frontend.preprocess import Preprocess
+    from ..frontend.sources import Source
 
 MISSED = 2
 
@@ -52,10 +52,10 @@ class Request:
 
 def compile_model(request: Request, as_json: bool) -> int:
     """Run a request; 0: compiled and verified, 2: compiled, but a promise was missed."""
-    from .api import compile
-    from .recipe import DEFAULT
-    from .runtime.artifact import check_output
-    from .runtime.evaluate import Top1
+    from ..api import compile
+    from ..recipe import DEFAULT
+    from ..runtime.artifact import check_output
+    from ..runtime.evaluate import Top1
 
     start = time.perf_counter()
     check_output(request.output)
@@ -103,9 +103,9 @@ def compile_model(request: Request, as_json: bool) -> int:
 
 def resolve_source(model: str, weights: Path | None, seed: int) -> Source:
     """The model, with its weights in place."""
-    from .frontend.program import Program
-    from .frontend.sources import load_source
-    from .frontend.weights import load_weights
+    from ..frontend.program import Program
+    from ..frontend.sources import load_source
+    from ..frontend.weights import load_weights
 
     source = load_source(model, seed)
     if weights is not None:
@@ -120,8 +120,8 @@ def resolve_source(model: str, weights: Path | None, seed: int) -> Source:
 
 def resolve_loading(source: Source, request: Request) -> Loading:
     """How pictures become inputs: what was asked for, else what the model brings, at the size that was asked for."""
-    from .frontend.data import Loading
-    from .frontend.preprocess import load_preprocess
+    from ..frontend.data import Loading
+    from ..frontend.preprocess import load_preprocess
 
     if request.samples is not None and request.data is None:
         raise OptionError("--samples has no effect without --data", hint="leave it out, or give data")
@@ -136,7 +136,7 @@ def resolve_loading(source: Source, request: Request) -> Loading:
 
 def resolve_data(text: str | None, loading: Loading) -> Data | None:
     """DATA, where it was given."""
-    from .frontend.data import open_data
+    from ..frontend.data import open_data
 
     return open_data(text, loading) if text else None
 
@@ -168,7 +168,7 @@ def resolve_example(
 ) -> tuple[tuple[Any, ...] | None, dict[str, Any] | None]:
     """Example inputs (args, kwargs): the source's own, of the size that was asked for, the first batch of the data,
     or of the size that the source is known for. Raises OptionError where nothing tells."""
-    from .frontend.program import Program
+    from ..frontend.program import Program
 
     if source.example is not None:
         if size is not None:
@@ -190,8 +190,8 @@ def example_of(item: Any, name: str) -> tuple[tuple[Any, ...] | None, dict[str, 
     """(args, kwargs) from the first batch of data, its labels left out."""
     import torch
 
-    from .errors import DataError
-    from .frontend.batches import LABEL_NAMES
+    from ..errors import DataError
+    from ..frontend.batches import LABEL_NAMES
 
     if item is None:
         raise DataError(f"{name} holds no examples", hint="give at least one batch")

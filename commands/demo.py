@@ -5,8 +5,8 @@ from __future__ import annotations
 import time
 from pathlib import Path
 
-from .cli_screen import emit_json, progress_display, say, show_report
-from .demo import run_demo
+from ..demo import run_demo
+from .screen import emit_json, progress_display, say, show_report
 
 MISSED = 2
 

@@ -7,23 +7,23 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from .cli_screen import emit_json, say, show_table
-from .errors import ArtifactError, DataError, OptionError
-from .runtime.artifact import read_models
-from .runtime.benchmark import Timing, compare_latency
-from .runtime.manifest import MODEL, Manifest
-from .runtime.report.words import milliseconds, percent, speed
-from .runtime.session import Session, make_session
+from ..errors import ArtifactError, DataError, OptionError
+from ..runtime.artifact import read_models
+from ..runtime.benchmark import Timing, compare_latency
+from ..runtime.manifest import MODEL, Manifest
+from ..runtime.report.words import milliseconds, percent, speed
+from ..runtime.session import Session, make_session
+from .screen import emit_json, say, show_table
 
 if TYPE_CHECKING:
-    from .frontend.tensor_info import TensorInfo
+    from ..frontend.tensor_info import TensorInfo
 
 
 def evaluate_artifact(folder: Path, data: str, preprocess: str | None, threads: int, as_json: bool) -> int:
     """Top-1 and latency, float against compiled. Pictures pass through the artifact's own preprocess."""
-    from .frontend.data import Loading, open_data
-    from .frontend.preprocess import load_preprocess
-    from .runtime.evaluate import Top1, file_runner, measure
+    from ..frontend.data import Loading, open_data
+    from ..frontend.preprocess import load_preprocess
+    from ..runtime.evaluate import Top1, file_runner, measure
 
     manifest = Manifest.read(folder)
     if preprocess and manifest.preprocess:

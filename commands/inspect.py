@@ -7,16 +7,16 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from .cli_compile import resolve_example, resolve_source
-from .cli_screen import emit_json, say, show_report, show_table
-from .errors import OptionError, did_you_mean
-from .runtime.artifact import read_report
-from .runtime.report.words import count, decibel, number, percent, size
+from ..errors import OptionError, did_you_mean
+from ..runtime.artifact import read_report
+from ..runtime.report.words import count, decibel, number, percent, size
+from .compile import resolve_example, resolve_source
+from .screen import emit_json, say, show_report, show_table
 
 if TYPE_CHECKING:
-    from .frontend.program import Program
-    from .passes.prune.describe import Coupling
-    from .passes.prune.groups import Pinned
+    from ..frontend.program import Program
+    from ..passes.prune.describe import Coupling
+    from ..passes.prune.groups import Pinned
 
 _SHOWN = 20
 
@@ -68,14 +68,14 @@ def inspect_model(
 
     `everything`: every group and every pinned axis in a row of its own.
     """
-    from .api import as_program
-    from .backends.coverage import float_reasons
-    from .backends.targets import load_target
-    from .frontend.cost import cost_table
-    from .passes.manager import run_passes
-    from .passes.prune.describe import couplings
-    from .passes.prune.groups import find_groups, find_pinned
-    from .passes.prune.rules.table import analyze
+    from ..api import as_program
+    from ..backends.coverage import float_reasons
+    from ..backends.targets import load_target
+    from ..frontend.cost import cost_table
+    from ..passes.manager import run_passes
+    from ..passes.prune.describe import couplings
+    from ..passes.prune.groups import find_groups, find_pinned
+    from ..passes.prune.rules.table import analyze
 
     table = load_target(target)
     source = resolve_source(model, weights, seed=0)
@@ -101,7 +101,7 @@ def inspect_model(
 
 def show_costs(program: Program) -> None:
     """The layers that cost most."""
-    from .frontend.cost import cost_table
+    from ..frontend.cost import cost_table
 
     rows = sorted(cost_table(program), key=lambda r: -r.macs)
     shown = [
@@ -113,7 +113,7 @@ def show_costs(program: Program) -> None:
 
 def show_groups(groups: list[Coupling], everything: bool) -> None:
     """What is pruned together: the layers that write and read the same channels, and the ops in between."""
-    from .passes.prune.describe import alike
+    from ..passes.prune.describe import alike
 
     kinds = [[g] for g in groups] if everything else alike(groups)
     shown = kinds if everything else kinds[:_SHOWN]
@@ -140,7 +140,7 @@ def _listed(names: Sequence[str], limit: int | None) -> str:
 
 def show_pinned(pinned: list[Pinned], everything: bool) -> None:
     """What cannot be pruned: every axis, by reason and source line."""
-    from .passes.prune.describe import pinned_alike
+    from ..passes.prune.describe import pinned_alike
 
     kinds = [[p] for p in pinned] if everything else pinned_alike(pinned)
     rows = []
@@ -154,9 +154,9 @@ def show_pinned(pinned: list[Pinned], everything: bool) -> None:
 
 def block_rows(program: Program) -> list[dict[str, Any]]:
     """Every residual block with what goes with it."""
-    from .frontend.program import source_of
-    from .passes.prune.kinds.blocks import find_blocks
-    from .passes.prune.kinds.plans import BlockCosts
+    from ..frontend.program import source_of
+    from ..passes.prune.kinds.blocks import find_blocks
+    from ..passes.prune.kinds.plans import BlockCosts
 
     costs, nodes = BlockCosts(program), {n.name: n for n in program.graph.nodes}
     whole, rows = costs.of([]), []

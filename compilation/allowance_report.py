@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+from ..passes.pipeline import print_pipeline
+from ..passes.quantize.placement.fallback import Trial
+from ..passes.quantize.placement.sensitivity import Sensitivity
 from .allowance import Outcome
-from .passes.pipeline import print_pipeline
-from .passes.quantize.placement.fallback import Trial
-from .passes.quantize.placement.sensitivity import Sensitivity
 
 _LISTED = 8
 

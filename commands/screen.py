@@ -15,8 +15,8 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from .errors import FxpressError
-from .runtime.report.words import comparison, percent
+from ..errors import FxpressError
+from ..runtime.report.words import comparison, percent
 
 Progress = Callable[[str, int, int | None], None]
 _PIPE_WIDTH = 160

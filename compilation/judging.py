@@ -10,16 +10,16 @@ import onnx
 import torch
 from torch import fx
 
-from .backends.coverage import Coverage, measure_coverage
-from .frontend.batches import Batches, examples_in
-from .frontend.cost import count_macs, op_name
-from .frontend.program import Program, module_path
-from .passes.quantize.reasons import stated_reasons
-from .runtime.dynamic_layers import check_dynamic, dynamic_nodes
-from .runtime.feed import example_tensors, examples, leaves, take
-from .runtime.report.build import Promise
-from .runtime.session import Session
-from .runtime.verify import LayerParity, LayerRow, Parity, check_layers, layer_table
+from ..backends.coverage import Coverage, measure_coverage
+from ..frontend.batches import Batches, examples_in
+from ..frontend.cost import count_macs, op_name
+from ..frontend.program import Program, module_path
+from ..passes.quantize.reasons import stated_reasons
+from ..runtime.dynamic_layers import check_dynamic, dynamic_nodes
+from ..runtime.feed import example_tensors, examples, leaves, take
+from ..runtime.report.build import Promise
+from ..runtime.session import Session
+from ..runtime.verify import LayerParity, LayerRow, Parity, check_layers, layer_table
 from .settings import Compiled, Settings
 
 _JUDGED_EXAMPLES = 8

@@ -9,20 +9,20 @@ import zipfile
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from .cli_screen import emit_json, say, show_table
-from .errors import FxpressError, OptionError, OutputError
+from ..errors import FxpressError, OptionError, OutputError
+from .screen import emit_json, say, show_table
 
 if TYPE_CHECKING:
-    from .frontend.program import Program
-    from .passes.base import Context, Pass
-    from .passes.manager import PassManager
+    from ..frontend.program import Program
+    from ..passes.base import Context, Pass
+    from ..passes.manager import PassManager
 
 
 def load_plugins(files: list[Path]) -> None:
     """Run the user's own files, which register passes or importances. Raises OptionError for one that does neither."""
-    from .frontend.sources import load_file
-    from .passes.base import registered_passes
-    from .passes.prune.importance.criteria import criteria
+    from ..frontend.sources import load_file
+    from ..passes.base import registered_passes
+    from ..passes.prune.importance.criteria import criteria
 
     for file in files:
         before = {*registered_passes(), *criteria()}
@@ -38,7 +38,7 @@ def load_plugins(files: list[Path]) -> None:
 
 def list_passes(as_json: bool) -> int:
     """Every pass with its options."""
-    from .passes.base import registered_passes
+    from ..passes.base import registered_passes
 
     rows = [
         {"name": n, "summary": c.summary(), "options": _options(c), "preserves": sorted(c.preserves)}
@@ -66,7 +66,7 @@ def _options_text(options: Any) -> str:
 
 def list_targets(as_json: bool) -> int:
     """Every target."""
-    from .backends.targets import load_target, target_names
+    from ..backends.targets import load_target, target_names
 
     rows = [
         {
@@ -89,7 +89,7 @@ def list_targets(as_json: bool) -> int:
 
 def list_recipes(as_json: bool) -> int:
     """Every built-in recipe."""
-    from .recipe import RECIPES
+    from ..recipe import RECIPES
 
     rows = [dataclasses.asdict(r) for r in RECIPES.values()]
     show_table("recipes", ("name", "what it does", "pipeline"), [tuple(r.values()) for r in rows])
@@ -102,8 +102,8 @@ def optimize(
     source: Path, pipeline: str, output: Path, target: str, data: str | None, seed: int, dump: Path | None
 ) -> int:
     """Run passes on a saved Program."""
-    from .frontend.program import Program
-    from .passes.manager import PassManager
+    from ..frontend.program import Program
+    from ..passes.manager import PassManager
 
     if output.suffix != ".pt2":
         raise OutputError(f"{output} does not end in .pt2", hint="name a .pt2 file")
@@ -118,8 +118,8 @@ def optimize(
 
 def rerun(crash: Path, target: str, data: str | None, dump: Path | None) -> int:
     """Replay a reproducer: the program as it was, the passes that remained, the same seed."""
-    from .frontend.program import Program
-    from .passes.manager import PassManager
+    from ..frontend.program import Program
+    from ..passes.manager import PassManager
 
     facts, archive = read_reproducer(crash)
     try:
@@ -151,11 +151,11 @@ def read_reproducer(path: Path) -> tuple[dict[str, Any], Path]:
 
 
 def _context(program: Program, manager: PassManager, target: str, data: str | None, seed: int) -> Context:
-    from .backends.targets import load_target
-    from .compilation import latency_clock
-    from .frontend.batches import as_batches
-    from .frontend.data import open_data
-    from .passes.base import Context
+    from ..backends.targets import load_target
+    from ..compilation.steps import latency_clock
+    from ..frontend.batches import as_batches
+    from ..frontend.data import open_data
+    from ..passes.base import Context
 
     batches = as_batches(program, open_data(data)) if data else None
     table = load_target(target)

@@ -16,20 +16,20 @@ from typing import Any
 import onnx
 import torch
 
-from .backends.onnx.lower import lower
-from .errors import QuantizationError
-from .frontend.program import Program, StageRecord
-from .passes.base import Context, Pass
-from .passes.memory import return_memory
-from .passes.quantize.spec import Target
-from .runtime.benchmark import Timing, compare_latency
-from .runtime.feed import example_tensors, take
-from .runtime.latency import cache_folder
-from .runtime.model_file import ModelFile
-from .runtime.placement_trials import placed
-from .runtime.report.build import Promise
-from .runtime.session import Session, make_session
-from .runtime.tuning import Trial, Tuning, tune
+from ..backends.onnx.lower import lower
+from ..errors import QuantizationError
+from ..frontend.program import Program, StageRecord
+from ..passes.base import Context, Pass
+from ..passes.memory import return_memory
+from ..passes.quantize.spec import Target
+from ..runtime.benchmark import Timing, compare_latency
+from ..runtime.feed import example_tensors, take
+from ..runtime.latency import cache_folder
+from ..runtime.model_file import ModelFile
+from ..runtime.placement_trials import placed
+from ..runtime.report.build import Promise
+from ..runtime.session import Session, make_session
+from ..runtime.tuning import Trial, Tuning, tune
 
 # Less than what a call of the runtime from Python costs besides its kernels: no reason to change a model.
 LEAST_MS = 0.02

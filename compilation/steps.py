@@ -15,11 +15,30 @@ from typing import Any
 
 import onnx
 
+from ..frontend.batches import Batches
+from ..frontend.cost import count_macs
+from ..frontend.program import Program
+from ..passes.base import VALUES, Context, Pass
+from ..passes.manager import PassManager
+from ..passes.memory import return_memory
+from ..passes.pipeline import make_pass, parse_pipeline, print_pipeline
+from ..passes.prune.groups import find_pinned
+from ..passes.prune.plan import PruningPlan
+from ..passes.prune.rules.table import analyze
+from ..passes.quantize.spec import Target
+from ..runtime.artifact import Artifact
+from ..runtime.elsewhere import judge_elsewhere
+from ..runtime.evaluate import Evaluate, Metric
+from ..runtime.latency import MeasuredLatencies, cache_folder
+from ..runtime.manifest import Manifest
+from ..runtime.model_file import ModelFile
+from ..runtime.report.build import Figures, Findings, build_report
+from ..runtime.report.environment import installed
+from ..runtime.session import make_session
+from ..runtime.verify import check_parity
+from ..training.passes import QAT
 from .allowance import Allowance, Settled, drop_promise, judge_both, judge_float, runtime_judge, settle
 from .allowance_report import as_json, describe
-from .frontend.batches import Batches
-from .frontend.cost import count_macs
-from .frontend.program import Program
 from .judging import (
     judge_coverage,
     judge_layers,
@@ -29,27 +48,8 @@ from .judging import (
     parity_promise,
     reference_promise,
 )
-from .passes.base import VALUES, Context, Pass
-from .passes.manager import PassManager
-from .passes.memory import return_memory
-from .passes.pipeline import make_pass, parse_pipeline, print_pipeline
-from .passes.prune.groups import find_pinned
-from .passes.prune.plan import PruningPlan
-from .passes.prune.rules.table import analyze
-from .passes.quantize.spec import Target
 from .placing import Placing, Timed, lower_and_time, speed_promise, tuning_json
-from .runtime.artifact import Artifact
-from .runtime.elsewhere import judge_elsewhere
-from .runtime.evaluate import Evaluate, Metric
-from .runtime.latency import MeasuredLatencies, cache_folder
-from .runtime.manifest import Manifest
-from .runtime.model_file import ModelFile
-from .runtime.report.build import Figures, Findings, build_report
-from .runtime.report.environment import installed
-from .runtime.session import make_session
-from .runtime.verify import check_parity
 from .settings import Compiled, Progress, Settings, Stages, first_quantizer, judges_speed, trains
-from .training.passes import QAT
 
 FLOAT_PIPELINE = "cleanup,canonicalize,fuse-batchnorm"
 # What has no part in how fast the result is.

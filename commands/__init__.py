@@ -1,0 +1,1 @@
+"""The commands of `fxpress`, one file for each group; `cli.py` lists them."""
