@@ -12,10 +12,10 @@ import torch
 from torch import nn
 
 import fxpress
-from fxpress import placing
 from fxpress.backends.onnx.lower import lower
 from fxpress.backends.onnx.part import Parts, node_of, signature
 from fxpress.backends.targets import load_target
+from fxpress.compilation import placing
 from fxpress.errors import OptionError
 from fxpress.frontend.program import Program
 from fxpress.passes.base import Context
