@@ -18,6 +18,7 @@ import onnx
 from ..frontend.program import Program, layer_name
 from ..passes.quantize.reasons import Reason
 from ..passes.quantize.spec import Target
+from .onnx.part import without_weights
 
 INTEGER_OPS = frozenset(
     {"QLinearConv", "ConvInteger", "QGemm", "QLinearMatMul", "MatMulInteger", "MatMulIntegerToFloat", "QAttention"}
@@ -25,7 +26,6 @@ INTEGER_OPS = frozenset(
 )
 _RECURRENT = ("LSTM", "GRU", "RNN", "DynamicQuantizeLSTM")
 _COUNTED = ("Conv", "ConvTranspose", "Gemm", "MatMul", "MatMulInteger", "Einsum", *_RECURRENT)
-_LARGE = 4096  # initializers above this many bytes are not needed to infer shapes
 
 
 @dataclass(frozen=True)
@@ -148,21 +148,12 @@ def _einsum_macs(node: onnx.NodeProto, first: tuple[int, ...], second: tuple[int
 
 def _shapes(model: onnx.ModelProto) -> dict[str, tuple[int, ...]]:
     """Shapes of all tensors at batch 1. Large weights are left out of the copy on which shapes are inferred."""
-    small = onnx.ModelProto(ir_version=model.ir_version, opset_import=model.opset_import)
-    small.graph.name = "shapes"
-    small.graph.node.extend(model.graph.node)
-    for value in model.graph.input:
-        fixed = small.graph.input.add()
-        fixed.CopyFrom(value)
-        for dim in fixed.type.tensor_type.shape.dim:
+    small = without_weights(model)
+    for value in small.graph.input:
+        for dim in value.type.tensor_type.shape.dim:
             if dim.WhichOneof("value") != "dim_value":
                 dim.dim_value = 1
-    for tensor in model.graph.initializer:
-        if tensor.ByteSize() > _LARGE:
-            form = onnx.helper.make_tensor_value_info(tensor.name, tensor.data_type, list(tensor.dims))
-            small.graph.input.append(form)
-        else:
-            small.graph.initializer.append(tensor)
+    del small.graph.output[:]
     small.graph.output.extend(onnx.ValueInfoProto(name=o.name) for o in model.graph.output)
     inferred = onnx.shape_inference.infer_shapes(small, data_prop=True).graph
     shapes = {t.name: tuple(t.dims) for t in model.graph.initializer}

@@ -38,7 +38,7 @@ class Parts:
     @cached_property
     def forms(self) -> dict[str, onnx.ValueInfoProto]:
         """Type and shape of every value that could be inferred."""
-        inferred = onnx.shape_inference.infer_shapes(_without_weights(self.model), data_prop=True).graph
+        inferred = onnx.shape_inference.infer_shapes(without_weights(self.model), data_prop=True).graph
         return {v.name: v for v in (*inferred.input, *inferred.value_info, *inferred.output)}
 
     def part(self, chosen: Iterable[onnx.NodeProto]) -> onnx.ModelProto | None:
@@ -139,7 +139,7 @@ def _dims(value: onnx.ValueInfoProto) -> Collection[int | str]:
     return [d.dim_value or d.dim_param for d in value.type.tensor_type.shape.dim]
 
 
-def _without_weights(model: onnx.ModelProto) -> onnx.ModelProto:
+def without_weights(model: onnx.ModelProto) -> onnx.ModelProto:
     """The graph with large initializers as inputs: shapes can be inferred without copying them."""
     small = onnx.ModelProto(ir_version=model.ir_version, opset_import=model.opset_import)
     small.graph.name = "shapes"

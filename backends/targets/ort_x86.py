@@ -24,6 +24,7 @@ from ...passes.quantize.conditions import (
     wide_groups,
 )
 from ...passes.quantize.spec import NumberFormat, QuantParams, Row, Target, as_float32
+from .families import CLAMPS, CONVOLUTIONS, MOVES, SOFTMAXES
 
 # sigmoid gives values in (0, 1): 256 steps of 1/256.
 _UNIT = QuantParams(1.0 / 256.0, 0, torch.uint8)
@@ -31,14 +32,6 @@ _UNIT = QuantParams(1.0 / 256.0, 0, torch.uint8)
 # (the topmost integer stands for 255/254). Steps of 6/255 would end at 1, and be half a step off in all of the middle.
 _RAMP_INPUT = QuantParams(as_float32(6.0 / 254.0), 127, torch.uint8)
 _RAMP = QuantParams(as_float32(1.0 / 254.0), 0, torch.uint8)
-
-_CONVS = (
-    "aten.conv2d.default",
-    "aten.conv2d.padding",
-    "aten.conv1d.default",
-    "aten.conv1d.padding",
-    "aten.conv3d.default",
-)
 
 TARGET = Target(
     name="ort-x86",
@@ -48,13 +41,7 @@ TARGET = Target(
     stem_blocks=True,
     deep_masks=True,
     round_to=16,
-    absorbs=(
-        "aten.relu.default",
-        "aten.relu6.default",
-        "aten.hardtanh.default",
-        "aten.clamp.default",
-        "aten.clamp_min.default",
-    ),
+    absorbs=CLAMPS,
     expand=(
         "aten.silu.default",
         "aten.hardswish.default",
@@ -63,13 +50,13 @@ TARGET = Target(
         "aten.addmm.default",
         "aten.scaled_dot_product_attention.default",
     ),
-    isolate=("aten.softmax.int", "aten._softmax.default"),
+    isolate=SOFTMAXES,
     rows=(
         # Conv with quantized input and output: QLinearConv. Without a quantized output it would run in float and
         # dequantize its weights at every call.
-        Row(_CONVS, "layer", ("input",), (floating, constant_weights, small_depthwise, wide_groups)),
+        Row(CONVOLUTIONS, "layer", ("input",), (floating, constant_weights, small_depthwise, wide_groups)),
         Row(
-            _CONVS,
+            CONVOLUTIONS,
             "layer",
             ("input",),
             (floating, constant_weights, small_depthwise),
@@ -78,7 +65,7 @@ TARGET = Target(
             reason="a convolution in groups of 2 to 4 channels takes 1.7 times as long on integers as in float",
         ),
         Row(
-            _CONVS,
+            CONVOLUTIONS,
             "layer",
             ("input",),
             (floating, constant_weights, wide_groups),
@@ -123,26 +110,7 @@ TARGET = Target(
         ),
         # These run on 8 bit directly: the output has the scale of the input.
         Row(("aten.max_pool2d.default",), "move", ("self",), (floating, four_dimensional)),
-        Row(
-            (
-                "aten.view.default",
-                "aten.reshape.default",
-                "aten.flatten.using_ints",
-                "aten.unflatten.int",
-                "aten.permute.default",
-                "aten.transpose.int",
-                "aten.t.default",
-                "aten.slice.Tensor",
-                "aten.select.int",
-                "aten.squeeze.dim",
-                "aten.squeeze.dims",
-                "aten.unsqueeze.default",
-                "aten.pixel_shuffle.default",
-            ),
-            "move",
-            ("self",),
-            (floating,),
-        ),
+        Row(MOVES, "move", ("self",), (floating,)),
         Row(("aten.upsample_nearest2d.default",), "move", ("self",), (floating, whole_multiple)),
         Row(("aten.upsample_nearest2d.vec",), "move", ("input",), (floating, whole_multiple)),
         Row(("aten.constant_pad_nd.default",), "move", ("self",), (floating, pads_with_zero)),
@@ -159,7 +127,7 @@ TARGET = Target(
             reason="only a pool without borders, behind an integer op, becomes an integer (depthwise) convolution",
         ),
         Row(
-            ("aten.softmax.int", "aten._softmax.default"),
+            SOFTMAXES,
             "float",
             reason="the 8-bit Softmax is 7 times slower than the float one",
         ),
