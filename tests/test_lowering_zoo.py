@@ -142,5 +142,6 @@ def test_quantized_layers_are_within_one_step(name: str) -> None:
     assert len(layers.layers) > 50
     rows = layer_table(reference, quantized, images)
     assert all(r.sqnr_isolated_db > 20 for r in rows if r.sqnr_isolated_db is not None)
-    # The sigmoid in a SiLU that the target writes in two parts is no node of the float program.
-    assert all(r.op == "sigmoid" for r in rows if r.sqnr_isolated_db is None)
+    # The sigmoid in a SiLU that the target writes in two parts is no node of the float program, nor is a tensor that is
+    # stored once more for an op that wants it saturated (hardsigmoid).
+    assert all(r.op == "sigmoid" or r.name.endswith(".input") for r in rows if r.sqnr_isolated_db is None)

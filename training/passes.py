@@ -25,7 +25,7 @@ from .distill_terms import Attention, Features, Relations, SoftLabels, Term
 from .loop import Trained, train
 from .objectives import Objective
 from .options import SGD, AdamW, TrainingOptions
-from .qat import Simulation, train_simulated
+from .qat import Simulation, freeze_norms, train_simulated
 
 Augmentation = Literal["none", "flip-shift", "flip-shift-cutmix"]
 
@@ -95,8 +95,9 @@ class Distil(Training):
     """Train a pruned program to say what the program before pruning says.
 
     `soft` weighs the teacher's probabilities at `temperature`, `labels` the labels, `relations` DIST; `features` and
-    `attention` name modules whose values, or places of large values, are matched. The other options are those of
-    `finetune`.
+    `attention` name modules whose values, or places of large values, are matched. `freeze`: BatchNorm keeps its
+    statistics, which is better for a network that `recover` has brought near its teacher. The other options are those
+    of `finetune`.
     """
 
     name = "distil"
@@ -107,14 +108,16 @@ class Distil(Training):
     relations: float = 0.0
     features: tuple[str, ...] = ()
     attention: tuple[str, ...] = ()
+    freeze: bool = False
 
     def run(self, program: Program, context: Context) -> Change:
         teacher = context.results.get(ORIGINAL)
         if not isinstance(teacher, Program):
             raise OptionError("distil has no teacher", hint="put it after prune{...}, or use finetune")
-        terms: list[Term] = [SoftLabels(self.soft, self.temperature)] if self.soft else []
+        if self.freeze and not freeze_norms(program):
+            raise OptionError("freeze has no effect: the program has no BatchNorm", hint="leave it out")
+        terms = _terms(self.soft, self.temperature, self.features)
         terms += [Relations(self.relations, temperature=self.temperature)] if self.relations else []
-        terms += [Features(_pairs(self.features))] if self.features else []
         terms += [Attention(_pairs(self.attention))] if self.attention else []
         objective = Distillation(program, teacher, terms, labels=self.labels, seed=context.seed)
         options, choices = self.options(context), self.choices(context, self.labels)
@@ -128,8 +131,8 @@ class QAT(Training):
 
     annotate, observe, calibrate, fake-quantize, train, fold-fake-quantize. `freeze` is the share of the training after
     which BatchNorm uses its running statistics (none: never, and they are computed anew at the end). With `soft` the
-    float program, or the one before pruning, teaches (see distil). `ranges`, `keep_float`: as for quantize. The other
-    options are those of `finetune`.
+    float program, or the one before pruning, teaches, with `features` by the values of these modules too (see distil).
+    `ranges`, `keep_float`: as for quantize. The other options are those of `finetune`.
     """
 
     name = "qat"
@@ -138,6 +141,7 @@ class QAT(Training):
     soft: float = 0.0
     labels: float = 1.0
     temperature: float = 4.0
+    features: tuple[str, ...] = ()
     freeze: float | None = 0.75
     ranges: str = "auto"
     keep_float: tuple[str, ...] = ()
@@ -163,11 +167,18 @@ class QAT(Training):
 
     def _objective(self, program: Program, teacher: Program | None, context: Context) -> Objective | None:
         if not self.soft or teacher is None:
-            if self.labels != 1.0:
-                raise OptionError("labels has no effect without soft", hint="give soft=0.9 too")
+            for name, idle in (("labels", self.labels != 1.0), ("features", bool(self.features))):
+                if idle:
+                    raise OptionError(f"{name} has no effect without soft", hint="give soft=0.9 too")
             return None
-        terms = [SoftLabels(self.soft, self.temperature)]
+        terms = _terms(self.soft, self.temperature, self.features)
         return Distillation(program, teacher, terms, labels=self.labels, seed=context.seed)
+
+
+def _terms(soft: float, temperature: float, features: tuple[str, ...]) -> list[Term]:
+    """What is learned from a teacher's scores and from the values of its modules."""
+    terms: list[Term] = [SoftLabels(soft, temperature)] if soft else []
+    return [*terms, Features(_pairs(features))] if features else terms
 
 
 def labelled(context: Context) -> Any:
