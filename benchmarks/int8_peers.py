@@ -2,6 +2,7 @@
 
     taskset -c 0 python benchmarks/int8_peers.py                       # all models; a later run takes up where it ended
     taskset -c 0 python benchmarks/int8_peers.py --models resnet18 --again --tune
+    python benchmarks/int8_peers.py --table                            # what was measured, as Markdown
 
 Every tool gets the same float ONNX file and the same calibration samples (32 pictures of the ImageNet sample where it is
 there, noise where it is not, random tokens for BERT); SQNR is that of the outputs against the float file on 16 other samples.
@@ -190,14 +191,15 @@ def measure(found: Found, feeds: list[Feed], options: argparse.Namespace) -> Non
     reference = outputs(make_session(found.models["float"], threads=1), feeds)
     for name in list(found.models):
         row, model = found.rows[name], found.models[name]
+        row.size = round(model.ByteSize() / found.models["float"].ByteSize(), 4)
+        if name == "float":
+            continue
         try:
             row.sqnr_db = round(sqnr(reference, outputs(make_session(model, threads=1), feeds)), 2)
             row.integer_macs = round(measure_coverage(model).integer_macs, 4)
         except Exception as error:
             row.note = f"does not run: {str(error).splitlines()[0][:100]}"
             del found.models[name]
-            continue
-        row.size = round(model.ByteSize() / found.models["float"].ByteSize(), 4)
     times = interleaved(found.models, feeds[0], options.rounds, time.perf_counter if options.wall else time.thread_time)
     for name, measured in times.items():
         found.rows[name].ms = round(statistics.median(measured) * 1e3, 3)
@@ -245,6 +247,25 @@ def show(result: dict[str, object]) -> str:
     return "\n".join(lines)
 
 
+TABLE = ("fxpress", "static default (S8S8)", "static U8S8 per channel", "static U8S8 per tensor", "static U8S8 per channel, QOperator", "NNCF")
+
+
+def table(results: dict[str, dict[str, object]]) -> str:
+    """Speed over float and SQNR of every variant, a model a line; "-" where a tool's file does not run."""
+    lines = ["| model | integer MACs | " + " | ".join(TABLE) + " |", "|" + "---|" * (len(TABLE) + 2)]
+    for name, result in results.items():
+        rows = {r["name"]: r for r in result["rows"]}  # type: ignore[union-attr]
+        cells = [_cell(rows.get(variant)) for variant in TABLE]
+        lines.append(f"| {name} | {rows['fxpress']['integer_macs']:.2f} | " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def _cell(row: dict[str, float] | None) -> str:
+    if row is None or row["speedup"] is None:
+        return "-"
+    return f"{row['speedup']:.2f}× {row['sqnr_db']:.1f}"
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--models", nargs="*", default=list(CASES), choices=list(CASES))
@@ -254,14 +275,17 @@ def main() -> None:
     parser.add_argument("--wall", action="store_true", help="wall clock instead of the thread's processor time")
     parser.add_argument("--tune", action="store_true", help="let fxpress measure where each op runs best")
     parser.add_argument("--recipe", default="int8")
+    parser.add_argument("--table", action="store_true", help="show the results file as Markdown and end")
     parser.add_argument("--results", type=Path, default=RESULTS)
     options = parser.parse_args()
     torch.set_num_threads(1)
-    known = set()
-    if options.results.exists() and not options.again:
-        known = {json.loads(line)["model"] for line in options.results.read_text().splitlines()}
+    found = [json.loads(line) for line in options.results.read_text().splitlines()] if options.results.exists() else []
+    known = {r["model"]: r for r in found}  # the last one counts
+    if options.table:
+        print(table(known))
+        return
     for name in options.models:
-        if name in known:
+        if name in known and not options.again:
             continue
         result = run_case(name, CASES[name], options)
         print(show(result), flush=True)

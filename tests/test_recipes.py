@@ -32,6 +32,22 @@ def program(digits) -> fxpress.Program:
     return fxpress.finetune(untrained, data, TrainingOptions(epochs=4, optimizer=AdamW(1e-2)))
 
 
+def statistics(program: fxpress.Program) -> torch.Tensor:
+    """The running means of all BatchNorm layers."""
+    return torch.cat([b.flatten() for name, b in program.graph_module.named_buffers() if name.endswith("running_mean")])
+
+
+def test_frozen_distillation_keeps_the_statistics_of_batchnorm(digits, program):
+    context = Context(calibration=[(digits.inputs[:64],)], training=(digits.inputs[:256], digits.labels[:256]))
+    kept, moved = (
+        statistics(PassManager(f"cleanup,prune{{macs=0.5}},distil{{freeze={freeze}}}").run(program, context))
+        for freeze in ("true", "false")
+    )
+    pruned = statistics(PassManager("cleanup,prune{macs=0.5}").run(program, context))
+    assert torch.equal(kept, pruned)
+    assert not torch.equal(moved, pruned)
+
+
 @pytest.mark.parametrize("name", RECIPES)
 def test_recipes_are_texts_that_round_trip(name):
     passes = resolve_passes(name)
