@@ -38,7 +38,7 @@ from ..passes.quantize.placement.fallback import (
 from ..passes.quantize.placement.journal import Journal, add_tensor, fingerprint
 from ..passes.quantize.placement.sensitivity import Sensitivity
 from ..passes.quantize.placement.trials import Trials, flat_steps, without_fitting
-from ..runtime.evaluate import Evaluate, Metric, measure, session_runner, torch_runner
+from ..runtime.evaluate import Evaluate, Metric, least_allowed, measure, session_runner, torch_runner
 from ..runtime.report.build import Promise
 from ..runtime.report.environment import describe_environment
 from ..runtime.session import Session, make_session
@@ -61,11 +61,6 @@ class Allowance:
     def needed(self) -> float:
         """The least metric that is allowed."""
         return least_allowed(self.before.value, self.drop)
-
-
-def least_allowed(before: float, drop: float) -> float:
-    """The least metric that is within the allowance: 0.82 is within 0.01 of 0.83, however binary fractions round."""
-    return before - drop - 1e-9 * max(abs(before), 1.0)
 
 
 @dataclass

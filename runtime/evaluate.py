@@ -169,3 +169,8 @@ def _where(error: BaseException) -> str | None:
     """The deepest line of the user's own code."""
     frames = [f for f in traceback.extract_tb(error.__traceback__) if "/torch/" not in f.filename]
     return f"{frames[-1].filename}:{frames[-1].lineno}: {frames[-1].line}" if frames else None
+
+
+def least_allowed(before: float, drop: float) -> float:
+    """The least metric that is within the allowance: 0.82 is within 0.01 of 0.83, however binary fractions round."""
+    return before - drop - 1e-9 * max(abs(before), 1.0)

@@ -249,7 +249,8 @@ def test_what_is_fitted_behind_refines_the_result(poisoned):
 
 @pytest.mark.parametrize(("before", "after", "allowed"), [(0.8275, 0.8175, 0.01), (0.83, 0.82, 0.01), (0.3, 0.2, 0.1)])
 def test_the_allowance_is_meant_in_decimals(before, after, allowed):
-    from fxpress.compilation.allowance import drop_promise, least_allowed
+    from fxpress.compilation.allowance import drop_promise
+    from fxpress.runtime.evaluate import least_allowed
 
     metrics = Metric("m", before, 1), Metric("m", after, 1)
     assert after >= least_allowed(before, allowed)

@@ -19,7 +19,7 @@ from ..frontend.program import Program
 from ..passes.prune.plan import PruningPlan
 from ..passes.prune.planning import plan_pruning
 from ..passes.prune.recovery.schedule import Choose, budget_of, kept_share
-from ..runtime.evaluate import Evaluate, measure, torch_runner
+from ..runtime.evaluate import Evaluate, least_allowed, measure, torch_runner
 from .examples import Augment
 from .loop import Progress, Trained, train
 from .objectives import CrossEntropy, Objective
@@ -103,7 +103,7 @@ def prune_and_finetune(
     if max_drop is not None and evaluate is None:
         raise OptionError("max_drop has no effect without a metric", hint="give evaluate")
     job = _Job(data, options or TrainingOptions(), shrink, objective, evaluate, augment, checkpoint, progress)
-    floor = None if max_drop is None else job.metric(program) - max_drop
+    floor = None if max_drop is None else least_allowed(job.metric(program), max_drop)
     current, plan, done = program, None, list[PruningStep]()
     for number in range(1, steps + 1):
         left = kept_share(plan, name) if plan is not None else 1.0
