@@ -62,8 +62,14 @@ def quantize_static_models(
 
 
 def nncf_model(model: onnx.ModelProto, feeds: list[Feed], transformer: bool = False) -> onnx.ModelProto:
-    """NNCF's post-training quantization of an ONNX model, its defaults but for the samples and the kind of model."""
+    """NNCF's post-training quantization of an ONNX model, its defaults but for the samples and the kind of model.
+
+    It gets opset 20: what NNCF 3.4 adds to a file of opset 21 does not load in ONNX Runtime 1.31 for many models.
+    """
     import nncf
+    from onnx import version_converter
+
+    model = version_converter.convert_version(model, 20)
 
     logging.getLogger("nncf").setLevel(logging.ERROR)
     kind = nncf.ModelType.TRANSFORMER if transformer else None
