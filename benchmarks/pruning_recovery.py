@@ -35,7 +35,6 @@ from fxpress.passes.prune.recovery.reestimate import reestimate_statistics
 
 DATA = Path(__file__).resolve().parents[2] / "shared" / "data"
 CUTS = (1.5, 2.1, 2.6)
-MAX_RATIO = 0.5
 CALIBRATION = 1000
 MEAN, DEVIATION = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 EXAMPLE = torch.zeros(2, 3, 32, 32)
@@ -114,7 +113,7 @@ def _torch_pruned_at(name: str, ratio: float) -> nn.Module:
     return module.eval()
 
 
-def measure(name: str, cut: float, epochs: int, steps: int, bfloat16: bool) -> Row:
+def measure(name: str, cut: float, epochs: int, steps: int, bfloat16: bool, max_ratio: float | None = None) -> Row:
     """All columns of one row."""
     calibration = load("cifar10_train20k.npz", CALIBRATION)[0].split(100)
     x, y = load("cifar10_test_a.npz")
@@ -123,8 +122,7 @@ def measure(name: str, cut: float, epochs: int, steps: int, bfloat16: bool) -> R
     peer = torch_pruned(name, 1 / cut)
     reestimate_statistics(peer, [(b,) for b in calibration])
     clock.lap("torch-pruning")
-    # No layer loses more than half: on held-out train images that diverges less from the float network than no limit.
-    limits = {"importance": "hessian", "normalize": "cost", "max_ratio": MAX_RATIO if cut < 2 else None}
+    limits = {"importance": "hessian", "normalize": "cost", "max_ratio": max_ratio}
     choose = functools.partial(fxpress.plan_pruning, data=calibration, **limits)
     solved, plan = fxpress.prune_and_recover(program, calibration, macs=1 / cut, steps=steps, choose=choose)
     clock.lap("plan and least squares")
@@ -174,6 +172,7 @@ def main() -> int:
     parser.add_argument("--json", type=Path)
     parser.add_argument("--epochs", type=int, default=60)
     parser.add_argument("--steps", type=int, default=1, help="prune and recover in so many steps")
+    parser.add_argument("--max-ratio", type=float, help="the largest share that any layer loses")
     parser.add_argument("--float32", action="store_true", help="train without bfloat16")
     parser.add_argument("--networks", nargs="+", default=["resnet20", "resnet32"])
     parser.add_argument("--cuts", nargs="+", type=float, default=list(CUTS))
@@ -182,7 +181,7 @@ def main() -> int:
     rows = []
     for name in options.networks:
         for cut in options.cuts:
-            rows.append(measure(name, cut, options.epochs, options.steps, not options.float32))
+            rows.append(measure(name, cut, options.epochs, options.steps, not options.float32, options.max_ratio))
             print(table(rows[-1:]).splitlines()[-1], file=sys.stderr, flush=True)
             if options.json:
                 options.json.write_text(json.dumps([asdict(r) for r in rows], indent=1) + "\n")
