@@ -8,7 +8,6 @@ The outcome is a pipeline that makes the model without measuring anything.
 from __future__ import annotations
 
 import dataclasses
-import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -22,8 +21,7 @@ from ..frontend.program import Program, StageRecord
 from ..passes.base import Context, Pass
 from ..passes.memory import return_memory
 from ..passes.quantize.spec import Target
-from ..runtime.benchmark import Timing, compare_latency
-from ..runtime.feed import example_tensors, take
+from ..runtime.benchmark import Timing, compare_on_example
 from ..runtime.latency import cache_folder
 from ..runtime.model_file import ModelFile
 from ..runtime.placement_trials import placed
@@ -60,17 +58,8 @@ def lower_and_time(float_program: Program, final: Program, reference: Program, t
     return_memory()
     session = make_session(model, threads=threads)
     return_memory()
-    return Timed(float_model, model, float_session, session, time_models(float_session, session, reference, threads))
-
-
-def time_models(float_session: Session, session: Session, program: Program, threads: int = 1) -> Timing:
-    """Both models on the same single example (on the whole example batch where the batch is fixed).
-
-    One thread is judged by the processor time that it takes: what else runs on the machine is no part of the model.
-    """
-    single = tuple(x.contiguous().numpy() for x in take(program, example_tensors(program), 1))
-    clock = time.thread_time if threads == 1 else time.perf_counter
-    return compare_latency(float_session, session, single, clock=clock)
+    timing = compare_on_example(float_session, session, reference, threads)
+    return Timed(float_model, model, float_session, session, timing)
 
 
 @dataclass

@@ -10,6 +10,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from ..frontend.program import Program
+from .feed import example_tensors, take
 from .session import Runnable
 
 _DEVIATIONS = 1.96  # of a normal distribution: 95 %
@@ -78,6 +80,18 @@ def median_interval(values: Sequence[float]) -> tuple[float, float]:
     reach = _DEVIATIONS * math.sqrt(n) / 2
     first, last = math.floor((n - 1) / 2 - reach), math.ceil((n - 1) / 2 + reach)
     return ordered[max(first, 0)], ordered[min(last, n - 1)]
+
+
+def compare_on_example(
+    first: Runnable, second: Runnable, program: Program, threads: int = 1, seconds: float = 1.0
+) -> Timing:
+    """Both on the same single example of `program` (on the whole example batch where the batch is fixed).
+
+    One thread is judged by the processor time that it takes: what else runs on the machine is no part of the model.
+    """
+    single = tuple(x.contiguous().numpy() for x in take(program, example_tensors(program), 1))
+    clock = time.thread_time if threads == 1 else time.perf_counter
+    return compare_latency(first, second, single, seconds=seconds, clock=clock)
 
 
 def _time(session: Runnable, inputs: tuple[np.ndarray, ...], clock: Callable[[], float]) -> float:

@@ -31,8 +31,8 @@ from ..passes.base import Context, Pass
 from ..passes.manager import PassManager
 from ..passes.pipeline import print_pipeline
 from ..passes.quantize.spec import Target
-from .benchmark import compare_latency
-from .feed import example_tensors, take
+from .benchmark import compare_on_example
+from .feed import example_tensors
 from .report.environment import installed, processor
 from .session import Session, make_session
 
@@ -103,14 +103,12 @@ class MeasuredLatencies:
 
         One thread is judged by its processor time: what else runs on the machine now is no part of the plan.
         """
-        clock = time.thread_time if self.threads == 1 else time.perf_counter
         models = (self.compiled(pruned), self._compiled_original(original))
-        inputs = tuple(x.contiguous().numpy() for x in take(original, example_tensors(original), 1))
         ratios = []
         for trial in range(self.trials):
             self.tell(trial, self.trials, "timing the whole model")
             first, second = (make_session(m, threads=self.threads) for m in models)
-            ratios.append(compare_latency(first, second, inputs, seconds=self.whole_seconds, clock=clock).ratio)
+            ratios.append(compare_on_example(first, second, original, self.threads, self.whole_seconds).ratio)
         return statistics.median(ratios)
 
     def save(self) -> None:

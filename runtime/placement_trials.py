@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import math
 import statistics
-import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
@@ -17,9 +16,10 @@ from ..errors import QuantizationError
 from ..frontend.program import Program
 from ..passes.base import Context, Pass
 from ..passes.manager import PassManager
-from ..passes.quantize.passes import Annotate, Fold, Observe, Quantize
-from .benchmark import Timing, compare_latency
-from .feed import example_tensors, examples, take
+from ..passes.quantize.passes import Annotate, Quantize
+from ..passes.quantize.placement.trials import with_options
+from .benchmark import Timing, compare_on_example
+from .feed import examples
 from .session import Session, make_session
 
 _AGAIN = 3
@@ -73,7 +73,8 @@ class TrialBench:
 
     def quick(self, placement: Placement) -> list[Pass]:
         """The passes of a trial."""
-        return [_cheapened(p) for p in placed(self.passes, placement) if _moves_kernels(p)]
+        kept = [p for p in placed(self.passes, placement) if _moves_kernels(p)]
+        return with_options(kept, {"ranges": "minmax", "weights": "minmax"})
 
     def measure(self, placement: Placement) -> Trial:
         """Quantize, load, compare with float. Raises QuantizationError where nothing is on integers."""
@@ -106,10 +107,8 @@ class TrialBench:
         return lower(PassManager(passes, check_numbers=False).run(self.program, context)).SerializeToString()
 
     def time(self, session: Session) -> Timing:
-        """Float and `session` in turns on one example; one thread by its processor time."""
-        inputs = tuple(x.contiguous().numpy() for x in take(self.program, example_tensors(self.program), 1))
-        clock = time.thread_time if self.threads == 1 else time.perf_counter
-        return compare_latency(self.floating, session, inputs, seconds=self.seconds, clock=clock)
+        """Float and `session` in turns on one example."""
+        return compare_on_example(self.floating, session, self.program, self.threads, self.seconds)
 
     @property
     def floating(self) -> Session:
@@ -135,11 +134,7 @@ class TrialBench:
 
 def placed(passes: Sequence[Pass], placement: Placement) -> list[Pass]:
     """The passes with the placement written into the one that decides what is quantized."""
-    keep, forms = placement.keep_float, placement.forms
-    return [
-        dataclasses.replace(p, keep_float=keep, forms=forms) if isinstance(p, (Quantize, Annotate)) else p
-        for p in passes
-    ]
+    return with_options(passes, {"keep_float": placement.keep_float, "forms": placement.forms})
 
 
 def deciding(passes: Sequence[Pass]) -> Annotate:
@@ -150,14 +145,6 @@ def deciding(passes: Sequence[Pass]) -> Annotate:
         if isinstance(item, Quantize):
             return item.steps()[0]  # type: ignore[return-value]
     raise QuantizationError("there is nothing to place: the passes do not quantize", hint="add quantize to them")
-
-
-def _cheapened(item: Pass) -> Pass:
-    if isinstance(item, Quantize):
-        return dataclasses.replace(item, ranges="minmax", weights="minmax")
-    if isinstance(item, Observe):
-        return dataclasses.replace(item, ranges="minmax")
-    return dataclasses.replace(item, weights="minmax") if isinstance(item, Fold) else item
 
 
 def _moves_kernels(item: Pass) -> bool:

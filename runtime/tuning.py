@@ -30,6 +30,7 @@ from ..passes.base import Context, Pass
 from ..passes.quantize.placement.atoms import Atoms, find_atoms, integer_groups, names_for
 from ..passes.quantize.placement.minimum_cut import Problem
 from ..passes.quantize.placement.regions import regions
+from ..passes.quantize.placement.trials import flat_steps
 from ..passes.quantize.spec import Target
 from ..passes.rewrite import argument, argument_names
 from .atom_costs import PartClock, measure_problem
@@ -155,7 +156,7 @@ class _Search:
 
     def _problem(self) -> Problem:
         full = Placement("", self.keep_float, self.forms, frozenset({""}))
-        steps = [s for p in self.bench.quick(full) for s in (p.steps() if hasattr(p, "steps") else (p,))]
+        steps = flat_steps(self.bench.quick(full))
 
         def tell(done: int, total: int) -> None:
             if self.tell:

@@ -20,10 +20,11 @@ from fxpress.errors import OptionError
 from fxpress.frontend.program import Program
 from fxpress.passes.base import Context
 from fxpress.passes.manager import PassManager, run_passes
-from fxpress.passes.pipeline import parse_pipeline
+from fxpress.passes.pipeline import parse_pipeline, print_pipeline
 from fxpress.passes.quantize.placement.atoms import find_atoms, integer_groups, names_for
 from fxpress.passes.quantize.placement.minimum_cut import Atom, Problem
 from fxpress.passes.quantize.placement.regions import regions
+from fxpress.passes.quantize.placement.trials import with_options
 from fxpress.runtime import atom_costs, placement_trials, tuning
 from fxpress.runtime.atom_costs import PartClock, at_one_example, measure_problem
 from fxpress.runtime.benchmark import Timing, median_interval
@@ -336,7 +337,7 @@ def clock(monkeypatch, program, imagined, tmp_path):
         left = list(speeds)
         times = {named(program, "depthwise"): (1e-6, slow), named(program, "expand"): (40e-6, 2e-6)}
         imagined(times, times)
-        monkeypatch.setattr(placing, "compare_latency", lambda *_, **__: timing(left.pop(0) if len(left) > 1 else left[0]))
+        monkeypatch.setattr(placing, "compare_on_example", lambda *_, **__: timing(left.pop(0) if len(left) > 1 else left[0]))
 
     return set_speeds
 
@@ -449,3 +450,8 @@ def test_trials_count_no_accuracy_passes():
     assert [p.name for p in quick] == ["quantize"]
     assert quick[0].ranges == "minmax"  # type: ignore[attr-defined]
     assert placement_trials.placed(quick, Placement("", (), (), frozenset()))[0].keep_float == ()  # type: ignore[attr-defined]
+
+
+def test_trials_leave_the_option_of_another_range_rule_out():
+    passes = with_options(parse_pipeline("quantize{ranges=percentile,percentile=99.9}"), {"ranges": "minmax"})
+    assert print_pipeline(passes) == "quantize{ranges=minmax}"

@@ -45,7 +45,10 @@ def flat_steps(passes: Iterable[Pass]) -> list[Pass]:
 
 
 def with_options(passes: Iterable[Pass], options: Mapping[str, Any]) -> list[Pass]:
-    """The passes with options of quantization replaced, each where a pass has it."""
+    """The passes with options of quantization replaced, each where a pass has it. Another range rule than `percentile`
+    has no use for its option."""
+    if options.get("ranges", "percentile") != "percentile":
+        options = {"percentile": None, **options}
     return [_replaced(p, options) if isinstance(p, _QUANTIZING) else p for p in passes]
 
 
