@@ -36,6 +36,7 @@ if TYPE_CHECKING:
     from .training.loop import train as train
     from .training.options import SGD as SGD
     from .training.options import AdamW as AdamW
+    from .training.options import Muon as Muon
     from .training.options import TrainingOptions as TrainingOptions
     from .training.qat import train_quantized as train_quantized
 
@@ -45,6 +46,7 @@ _LAZY = {
     "Artifact": ".runtime.artifact",
     "Change": ".passes.base",
     "Context": ".passes.base",
+    "Muon": ".training.options",
     "Pass": ".passes.base",
     "Preprocess": ".frontend.preprocess",
     "Program": ".frontend.program",

@@ -10,6 +10,7 @@ from typing import Any, Literal
 import torch
 
 from ..errors import OptionError
+from ..passes.prune.recovery.muon import Muon as OrthogonalSteps
 from .schedules import Cosine, Schedule, require
 
 Precision = Literal["float32", "bfloat16", "float16"]
@@ -52,12 +53,32 @@ class AdamW:
 
 
 @dataclass(frozen=True)
+class Muon:
+    """Orthogonal steps for the weights of layers, AdamW for everything else (passes/prune/recovery/muon.py): fewer epochs
+    for learning from a teacher. The learning rate is on the scale of AdamW's."""
+
+    learning_rate: float = 5e-3
+    momentum: float = 0.95
+    weight_decay: float = 0.0
+
+    def __post_init__(self) -> None:
+        _check_optimizer(self)
+        require("momentum", self.momentum, 0 <= self.momentum < 1, "a number in [0, 1)")
+
+    def make(self, groups: Iterable[Group]) -> torch.optim.Optimizer:
+        return OrthogonalSteps(groups, self.learning_rate, momentum=self.momentum)
+
+
+Optimizer = SGD | AdamW | Muon
+
+
+@dataclass(frozen=True)
 class TrainingOptions:
     """How to train. The defaults suit a short fine-tuning of a network that has been pruned or quantized.
 
     `epochs`         passes over the data.
     `batch_size`     examples in one step, over all processes together. (Data that stream bring their own batches.)
-    `optimizer`      SGD or AdamW; weight decay skips norms, biases and everything else of one dimension or none.
+    `optimizer`      SGD, AdamW or Muon; weight decay skips norms, biases and everything else of one dimension or none.
     `schedule`       Constant, Step, Cosine, OneCycle or Plateau.
     `warmup`         share of the training in which the learning rate rises linearly from nothing (Goyal et al. 2017).
     `label_smoothing`  for the loss on labels (Szegedy et al. 2016); an objective of one's own does without it.
@@ -77,7 +98,7 @@ class TrainingOptions:
 
     epochs: int = 1
     batch_size: int = 64
-    optimizer: SGD | AdamW = field(default_factory=AdamW)
+    optimizer: Optimizer = field(default_factory=AdamW)
     schedule: Schedule = field(default_factory=Cosine)
     warmup: float = 0.0
     label_smoothing: float = 0.0
@@ -115,6 +136,6 @@ class TrainingOptions:
 _PRECISIONS = ("float32", "bfloat16", "float16")
 
 
-def _check_optimizer(optimizer: SGD | AdamW) -> None:
+def _check_optimizer(optimizer: SGD | AdamW | Muon) -> None:
     require("learning_rate", optimizer.learning_rate, optimizer.learning_rate > 0, "a positive number")
     require("weight_decay", optimizer.weight_decay, optimizer.weight_decay >= 0, "zero or a positive number")

@@ -47,11 +47,17 @@ def only(program: Program, chosen: Named) -> Iterator[None]:
             parameter.requires_grad_(before[name])
 
 
-def decay_groups(chosen: Named, norms: set[str], weight_decay: float) -> list[Group]:
-    """Parameters of two dimensions or more decay; `norms`, biases and scales do not (Goyal et al. 2017)."""
+def decay_groups(chosen: Named, norms: set[str], tables: set[str], weight_decay: float) -> list[Group]:
+    """Parameters of two dimensions or more decay; `norms`, biases and scales do not (Goyal et al. 2017). Lookup `tables`
+    decay too, in a group of their own: an optimizer for matrices has no use for them."""
     plain = [p for n, p in chosen.items() if p.ndim < 2 or n in norms]
-    decaying = [p for n, p in chosen.items() if not (p.ndim < 2 or n in norms)]
-    groups = [Group(params=decaying, weight_decay=weight_decay), Group(params=plain, weight_decay=0.0)]
+    decaying = [p for n, p in chosen.items() if not (p.ndim < 2 or n in norms or n in tables)]
+    looked_up = [p for n, p in chosen.items() if p.ndim >= 2 and n in tables]
+    groups = [
+        Group(params=decaying, weight_decay=weight_decay),
+        Group(params=plain, weight_decay=0.0, matrices=False),
+        Group(params=looked_up, weight_decay=weight_decay, matrices=False),
+    ]
     return [g for g in groups if g["params"]]
 
 

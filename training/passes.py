@@ -24,7 +24,7 @@ from .distill import Distillation
 from .distill_terms import Attention, Features, Relations, SoftLabels, Term
 from .loop import Trained, train
 from .objectives import Objective
-from .options import SGD, AdamW, TrainingOptions
+from .options import SGD, AdamW, Muon, Optimizer, TrainingOptions
 from .qat import Simulation, freeze_norms, train_simulated
 
 Augmentation = Literal["none", "flip-shift", "flip-shift-cutmix"]
@@ -36,7 +36,7 @@ class Training(Pass):
 
     epochs: int = 1
     learning_rate: float = 0.01
-    optimizer: Literal["sgd", "adamw"] = "sgd"
+    optimizer: Literal["sgd", "adamw", "muon"] = "sgd"
     weight_decay: float = 5e-4
     batch_size: int = 64
     warmup: float = 0.0
@@ -47,12 +47,15 @@ class Training(Pass):
 
     def options(self, context: Context) -> TrainingOptions:
         """These options as the training loop takes them."""
-        kind = SGD(self.learning_rate, nesterov=True, weight_decay=self.weight_decay)
-        adam = AdamW(self.learning_rate, weight_decay=self.weight_decay)
+        optimizers: dict[str, Optimizer] = {
+            "sgd": SGD(self.learning_rate, nesterov=True, weight_decay=self.weight_decay),
+            "adamw": AdamW(self.learning_rate, weight_decay=self.weight_decay),
+            "muon": Muon(self.learning_rate, weight_decay=self.weight_decay),
+        }
         return TrainingOptions(
             epochs=self.epochs,
             batch_size=self.batch_size,
-            optimizer=adam if self.optimizer == "adamw" else kind,
+            optimizer=optimizers[self.optimizer],
             warmup=self.warmup,
             hold_out=self.hold_out,
             seed=context.seed,

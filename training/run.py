@@ -13,6 +13,7 @@ import torch
 
 from ..errors import FxpressError, TrainingError, first_line
 from ..frontend.program import Program
+from ..passes.prune.recovery.muon import lookup_tables
 from .average import Average, Tensors, assign, copied, values
 from .checkpoint import Checkpoint, CheckpointFolder, EpochRecord, Position
 from .diagnosis import checked_scalar, not_finite
@@ -58,7 +59,8 @@ class Run:
         self.step, self.wrapped = step, engine.prepare(step)
         self.named = {n: p for n, p in step.named_parameters() if p.requires_grad}
         norms = {f"model.{n}" for n in norm_parameters(program)}
-        groups = decay_groups(self.named, norms, options.optimizer.weight_decay)
+        tables = {f"model.{n}" for n in lookup_tables(program)}
+        groups = decay_groups(self.named, norms, tables, options.optimizer.weight_decay)
         self.optimizer = options.optimizer.make(groups)
         self.live = step.state_dict(keep_vars=False)
         self.average = Average(self.live, options.ema) if options.ema else None

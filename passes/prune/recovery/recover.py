@@ -28,7 +28,7 @@ Augmentation = Literal["none", "flip-shift", "flip-shift-cutmix"]
 Progress = Callable[[str, int, int | None], None]
 
 _METHODS = ("least-squares", "batchnorm", "none")
-_LEARNING_RATE = 3e-3
+_LEARNING_RATE = 5e-3
 _BATCH_SIZE = 50
 
 
@@ -58,7 +58,7 @@ def recover(
     fifth sample, held out from the fit.
 
     `epochs`: so many times over the data, all weights are then trained together to give what `reference` gives, at the
-    peak `learning_rate` (default 3e-3). `augment` varies images: "flip-shift", or "flip-shift-cutmix", which pays with
+    peak `learning_rate` (default 5e-3). `augment` varies images: "flip-shift", or "flip-shift-cutmix", which pays with
     more epochs (50 and up). `bfloat16` computes layers in that type (faster on some processors), `seed` draws order and
     augmentation.
 

@@ -4,7 +4,7 @@
     relative(node) = E |pruned - kept part of the reference|^2 / E |reference - its mean|^2
 
 The matched nodes are among those that least squares matched layer by layer: the sums of residual branches, if there are
-any. Here all weights move together, by Adam (Kingma and Ba 2015) with a warm-up and a cosine decay. Matching features
+any. Here all weights move together, by Muon (muon.py) with a warm-up and a cosine decay. Matching features
 and not only outputs is from Romero et al. 2015 ("FitNets"), matching logits by squares from Ba and Caruana 2014.
 Outputs weigh little: a few hundred examples are soon known by heart, and their scores say less about others than their
 features do. (ResNet-20 at 1.5x, divergence of the predictions on held-out train images after 15 epochs: 0.080 before,
@@ -18,12 +18,15 @@ import math
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import fx
 
 from ....errors import OptionError
+from ....frontend.program import Program
 from .linear_layers import linear_layer
+from .muon import Muon, lookup_tables
 from .pairing import Pair
 from .partial_run import PartialRun
 from .reconstruct import reconstruct
@@ -151,7 +154,7 @@ def _train(
     schedule: Schedule,
     progress: Callable[[int, int], None] | None,
 ) -> None:
-    optimizer = torch.optim.Adam(weights, schedule.learning_rate)
+    optimizer = Muon(_groups(loss.program, weights), schedule.learning_rate)
     generator = torch.Generator().manual_seed(schedule.seed)
     steps = 0  # in an epoch; known after the first, of which the warm-up is a part
     for epoch in range(schedule.epochs):
@@ -168,6 +171,14 @@ def _train(
         steps = number
         if progress:
             progress(epoch + 1, schedule.epochs)
+
+
+def _groups(program: Program, weights: list[torch.nn.Parameter]) -> list[dict[str, Any]]:
+    tables = lookup_tables(program)
+    names = {id(p): n for n, p in program.named_parameters()}
+    looked_up = [w for w in weights if names[id(w)] in tables]
+    others = [w for w in weights if names[id(w)] not in tables]
+    return [g for g in ({"params": others}, {"params": looked_up, "matrices": False}) if g["params"]]
 
 
 def rate(done: float) -> float:
