@@ -48,7 +48,8 @@ def quantize_static_models(
 
     results = {}
     logging.getLogger().setLevel(logging.ERROR)
-    with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stdout(io.StringIO()):
+    # Its shape inference leaves files in the working directory where it fails.
+    with tempfile.TemporaryDirectory() as folder, contextlib.chdir(folder), contextlib.redirect_stdout(io.StringIO()):
         source, prepared, result = (str(Path(folder) / f"{n}.onnx") for n in ("float", "prepared", "int8"))
         onnx.save(model, source)
         try:

@@ -56,7 +56,7 @@ def test_every_weight_moves_as_torch_moves_it(data):
         gradients(theirs, data, step)
         for name, weight in matrices.items():
             flat[name].grad = weight.grad.reshape(flat[name].shape)
-        optimizer.step(), muon.step(), adam.step()  # noqa: B018
+        optimizer.step(), muon.step(), adam.step()
     for name, weight in ours.named_parameters():
         torch.testing.assert_close(weight, theirs.get_parameter(name), msg=name)
         assert not torch.equal(weight, Net().get_parameter(name)), name

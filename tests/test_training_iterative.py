@@ -95,15 +95,22 @@ def test_a_stopped_run_goes_on_to_the_same_result(program, data, top1, tmp_path)
     assert all(torch.equal(t, tensors[n]) for n, t in resumed.program.state_dict().items())
 
 
-@pytest.mark.parametrize("method", ["growing", "group-lasso"])
-def test_what_shrinks_before_it_goes_costs_less(program, data, top1, method):
-    strength = {"growing": 0.02, "group-lasso": 3e-4}[method]
-    shrink = Shrink(method, strength, TrainingOptions(epochs=4, optimizer=SGD(0.05)))
+@pytest.mark.parametrize(
+    "shrink",
+    [
+        Shrink("growing", 0.02, TrainingOptions(epochs=4, optimizer=SGD(0.05))),
+        # The lasso has to find out by itself what goes, which takes longer; SGD's steps shrink with the weights.
+        Shrink("group-lasso", 3e-3, TrainingOptions(epochs=20, optimizer=AdamW(5e-3))),
+    ],
+    ids=lambda s: s.method,
+)
+def test_what_shrinks_before_it_goes_costs_nearly_nothing(program, data, top1, shrink):
     options = TrainingOptions(optimizer=AdamW(1e-9))  # what pruning itself leaves
     plain = fxpress.prune_and_finetune(program, data, options, macs=0.5, evaluate=top1)
     shrunk = fxpress.prune_and_finetune(program, data, options, macs=0.5, evaluate=top1, shrink=shrink)
-    assert shrunk.steps[0].pruned_metric > plain.steps[0].pruned_metric + 0.05
-    if method == "growing":
+    assert plain.steps[0].pruned_metric < 0.8
+    assert shrunk.steps[0].pruned_metric > 0.95
+    if shrink.method == "growing":
         assert shrunk.plan.removals == plain.plan.removals
 
 

@@ -54,8 +54,9 @@ class AdamW:
 
 @dataclass(frozen=True)
 class Muon:
-    """Orthogonal steps for the weights of layers, AdamW for everything else (passes/prune/recovery/muon.py): fewer epochs
-    for learning from a teacher. The learning rate is on the scale of AdamW's."""
+    """Orthogonal steps for the weights of layers, AdamW for everything else (passes/prune/recovery/muon.py).
+
+    It learns from a teacher in fewer epochs. The learning rate is on the scale of AdamW's."""
 
     learning_rate: float = 5e-3
     momentum: float = 0.95

@@ -48,8 +48,10 @@ def only(program: Program, chosen: Named) -> Iterator[None]:
 
 
 def decay_groups(chosen: Named, norms: set[str], tables: set[str], weight_decay: float) -> list[Group]:
-    """Parameters of two dimensions or more decay; `norms`, biases and scales do not (Goyal et al. 2017). Lookup `tables`
-    decay too, in a group of their own: an optimizer for matrices has no use for them."""
+    """Parameters of two dimensions or more decay; `norms`, biases and scales do not (Goyal et al. 2017).
+
+    Lookup `tables` decay too, in a group of their own: an optimizer for matrices has no use for them.
+    """
     plain = [p for n, p in chosen.items() if p.ndim < 2 or n in norms]
     decaying = [p for n, p in chosen.items() if not (p.ndim < 2 or n in norms or n in tables)]
     looked_up = [p for n, p in chosen.items() if p.ndim >= 2 and n in tables]

@@ -3,10 +3,10 @@
     B <- mu B + (1 - mu) G,   W <- W - rate * 0.2 sqrt(max(rows, columns)) * orthogonal(G + mu (B - G))
 
 A convolution's weight [out, in, ...] is read as the matrix [out, in * ...]. What is no matrix (norms, biases), reads
-one channel at a time (depthwise filters) or is a lookup table has no directions to make orthogonal and is left to AdamW.
-Orthogonal steps move all directions of a layer alike, where Adam's follow the few that dominate: a pruned ResNet-20 came
-as close to its reference in half as many epochs (docs/results.md). Jordan et al. 2024 ("Muon: an optimizer for hidden
-layers in neural networks"); the factor is that of Liu et al. 2025 ("Muon is scalable for LLM training", arXiv
+one channel at a time (depthwise filters) or is a lookup table has no directions to make orthogonal: AdamW moves it.
+Orthogonal steps move all directions of a layer alike, where Adam's follow the few that dominate: a pruned ResNet-20
+came as close to its reference in half as many epochs (docs/results.md). Jordan et al. 2024 ("Muon: an optimizer for
+hidden layers in neural networks"); the factor is that of Liu et al. 2025 ("Muon is scalable for LLM training", arXiv
 2502.16982) and makes a step as long as one of AdamW, so that learning rates carry over.
 """
 
