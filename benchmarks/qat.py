@@ -33,10 +33,14 @@ from fxpress.backends.targets import load_target
 from fxpress.passes.base import Context
 from fxpress.passes.manager import PassManager
 from fxpress.runtime.session import make_session
+from fxpress.training.distill import Distillation
+from fxpress.training.matching import matched_values
 from fxpress.training.qat import Simulation, train_simulated
 
 HELD_OUT = 2000
-BLOCKS = [f"layer{stage}.{block}" for stage in (1, 2, 3) for block in range(3)]
+BATCH = 50
+# What recover found on a thousand images: matching the sums of residual branches generalizes, scores weigh little.
+MATCH = f"soft=0,labels=0,match=1,optimizer=muon,warmup=0.05,batch_size={BATCH},augment=flip-shift"
 SIMULATE = "cleanup,canonicalize,fuse-batchnorm{keep=true},annotate,observe{ranges=mse},calibrate,fake-quantize"
 TARGET = load_target("ort-x86")
 
@@ -55,7 +59,8 @@ class Setting:
         judged = (pictures[end:], labels[end:]) if held_out else load("cifar10_test_a.npz")
         self.judged: Pictures = judged[0][: options.limit], judged[1][: options.limit]
         self.calibration = pictures[:1000].split(100)
-        self.seed, self.rate, self.qat_rate = options.seed, options.learning_rate, options.qat_learning_rate
+        self.seed, self.rate, self.epochs = options.seed, options.learning_rate, options.epochs
+        self.distil_rate, self.wide_rate, self.narrow_rate = options.distil_rate, options.wide_rate, options.narrow_rate
 
     def context(self) -> Context:
         calibration = [(x,) for x in self.calibration]
@@ -81,34 +86,39 @@ def width_4(setting: Setting, program: fxpress.Program) -> dict[str, float]:
     """Simulated top-1 before and after one epoch."""
     fake = setting.run(program, SIMULATE + "{weight_bits=4,activation_bits=4}")
     widest = SIMULATE.replace("mse", "minmax") + "{weight_bits=4,activation_bits=4,weights=minmax}"
-    optimizer = fxpress.SGD(setting.qat_rate, nesterov=True, weight_decay=1e-4)
-    options = fxpress.TrainingOptions(1, 64, optimizer, seed=setting.seed)
-    trained = train_simulated(fake, setting.train, options, None, Simulation(), augment="flip-shift").program
-    return {
+    teacher = setting.run(program, "cleanup,canonicalize,fuse-batchnorm{keep=true}")
+    objective = Distillation(fake, teacher, [matched_values(fake, teacher, None)])
+    results = {
         "calibrated, minmax": setting.top1(setting.run(program, widest)),
         "calibrated, mse": setting.top1(fake),
-        "trained": setting.top1(trained),
     }
+    for epochs in setting.epochs:
+        options = fxpress.TrainingOptions(
+            epochs, BATCH, fxpress.Muon(setting.narrow_rate), warmup=0.05, seed=setting.seed
+        )
+        simulation = Simulation(freeze=0)
+        trained = train_simulated(
+            fake, setting.train, options, None, simulation, objective=objective, augment="flip-shift"
+        ).program
+        results[f"trained, {epochs}"] = setting.top1(trained)
+    return results
 
 
 def width_8(setting: Setting, program: fxpress.Program) -> dict[str, float]:
     """INT8 top-1 in the runtime with and without training."""
     calibrated = setting.run(program, "cleanup,canonicalize,fuse-batchnorm,quantize")
-    trained = setting.run(program, f"cleanup,canonicalize,{_qat(setting, setting.rate / 5)}")
+    trained = setting.run(program, f"cleanup,canonicalize,{_qat(setting.wide_rate)}")
     return {"calibrated": setting.top1_of_runtime(calibrated), "trained": setting.top1_of_runtime(trained)}
 
 
 def budget(setting: Setting, program: fxpress.Program) -> dict[str, float]:
     """Four epochs each: distillation and training with simulation, against labels and calibration."""
-    prune = "cleanup,prune{macs=0.5,importance=hessian,normalize=cost},recover"
+    prune = "cleanup,prune{macs=0.5,importance=hessian,normalize=cost,round_to=1},recover"
     pruned = setting.run(program, prune)
     train = f"batch_size=128,augment=flip-shift,learning_rate={setting.rate}"
     last = "canonicalize,fuse-batchnorm,quantize"
-    # What recover found on a thousand images: matching the sums of residual branches generalizes, scores weigh little.
-    soft = f"soft=0.1,labels=0,features=[{','.join(BLOCKS)}]"
-    adam = "batch_size=64,augment=flip-shift,optimizer=adamw,learning_rate=0.003,warmup=0.05"
-    last_epoch = f"optimizer=adamw,freeze=0,warmup=0.05,{soft}"
-    distil = f"{prune},distil{{epochs=3,freeze=true,{adam},{soft}}},canonicalize,{_qat(setting, 0.001, last_epoch)}"
+    rate = setting.distil_rate
+    distil = f"{prune},distil{{epochs=3,freeze=true,learning_rate={rate},{MATCH}}},canonicalize,{_qat(rate / 3)}"
     start = time.perf_counter()
     ours = setting.run(program, distil)
     seconds = time.perf_counter() - start
@@ -121,8 +131,8 @@ def budget(setting: Setting, program: fxpress.Program) -> dict[str, float]:
     }
 
 
-def _qat(setting: Setting, rate: float, more: str = "") -> str:
-    return f"fuse-batchnorm{{keep=true}},qat{{batch_size=64,augment=flip-shift,learning_rate={rate}{',' + more if more else ''}}}"
+def _qat(rate: float) -> str:
+    return f"fuse-batchnorm{{keep=true}},qat{{freeze=0,learning_rate={rate},{MATCH}}}"
 
 
 QUESTIONS: dict[str, Callable[[Setting, fxpress.Program], dict[str, float]]] = {
@@ -138,8 +148,11 @@ def main() -> None:
     parser.add_argument("--judge", choices=("test", "held-out"), default="test")
     parser.add_argument("--examples", type=int, help="train on that many images only")
     parser.add_argument("--limit", type=int, help="judge on that many images only")
-    parser.add_argument("--learning-rate", type=float, default=0.02)
-    parser.add_argument("--qat-learning-rate", type=float, default=0.01, help="of the narrow width")
+    parser.add_argument("--learning-rate", type=float, default=0.02, help="of plain fine-tuning")
+    parser.add_argument("--distil-rate", type=float, default=5e-3)
+    parser.add_argument("--wide-rate", type=float, default=5e-4, help="of 8 bits")
+    parser.add_argument("--narrow-rate", type=float, default=3e-3, help="of 4 bits")
+    parser.add_argument("--epochs", type=int, nargs="+", default=[1], help="of 4 bits")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()
@@ -153,7 +166,9 @@ def main() -> None:
         figures = "   ".join(f"{k} {v:.2f}" for k, v in results[name].items())
         print(f"{name:8} {figures}   ({time.perf_counter() - start:.0f} s)", flush=True)
     if options.json:
-        options.json.write_text(json.dumps({**results, "options": vars(options) | {"json": str(options.json)}}, indent=1))
+        options.json.write_text(
+            json.dumps({**results, "options": vars(options) | {"json": str(options.json)}}, indent=1)
+        )
 
 
 if __name__ == "__main__":

@@ -84,7 +84,9 @@ def test_a_lookup_table_is_none():
     program = fxpress.capture(Words(), (words[:2],))
     assert lookup_tables(program) == {"table.weight"}
     before = program.state_dict()["table.weight"].clone()
-    trained = fxpress.finetune(program, (words, words.sum(1) % 2), TrainingOptions(epochs=3, optimizer=MuonOptions(2e-2)))
+    trained = fxpress.finetune(
+        program, (words, words.sum(1) % 2), TrainingOptions(epochs=3, optimizer=MuonOptions(2e-2))
+    )
     moved = (trained.state_dict()["table.weight"] - before).abs()
     assert moved.max() <= 0.02 * 12 * 1.01, "at most the rate a step, as Adam moves; a matrix has no such bound"
     assert moved.min() > 0

@@ -5,13 +5,14 @@
               example (inter) and over the examples for each class (intra) (DIST, Huang et al. 2022, 2205.10536)
 `Features`    the values of named nodes, through a learned 1x1 convolution or linear layer where the widths differ
               (FitNets, Romero et al. 2015, 1412.6550); here the squared error relative to the teacher's variance
+`Matched`     the sums of residual branches of a pruned or quantized network, without adapters: those of its teacher
 `Attention`   where the values of named nodes are large: squared distance of the normalized maps sum_c x_c^2 (Zagoruyko
               and Komodakis 2017, 1612.03928), for any widths
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import ClassVar, NamedTuple, Protocol
 
@@ -20,6 +21,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from ..errors import OptionError
+from ..passes.prune.recovery.pairing import Positions, select
 
 Pairs = tuple[tuple[str, str], ...]
 _SMALLEST = 1e-8
@@ -117,8 +119,39 @@ class Features:
         losses = []
         for (s, t), adapter in zip(self.pairs, adapters):
             mine, theirs = _same_size(adapter(student.features[s]), teacher.features[t])
-            losses.append((mine - theirs).square().mean() / theirs.var().clamp_min(_SMALLEST))
+            losses.append(_relative(mine, theirs))
         return torch.stack(losses).mean()
+
+
+@dataclass(frozen=True)
+class Matched:
+    """The values of nodes that student and teacher have in common, and their scores, by squared error relative to the
+    teacher's variance (docstring of passes/prune/recovery/refine.py). `matched_values` (matching.py) finds the nodes.
+
+    `kept`: which positions of the teacher's values the student has, by the teacher's names. `scores`: what the error of
+    the scores weighs beside the mean error of the nodes.
+    """
+
+    pairs: Pairs
+    kept: Mapping[str, Positions]
+    weight: float = 1.0
+    scores: float = 0.05
+
+    def __post_init__(self) -> None:
+        _require_pairs(self.pairs)
+
+    def adapters(self, student: Seen, teacher: Seen) -> list[nn.Module]:
+        return []
+
+    def __call__(self, student: Seen, teacher: Seen, adapters: Sequence[nn.Module]) -> torch.Tensor:
+        losses = [
+            _relative(student.features[s], select(teacher.features[t], self.kept.get(t, {}))) for s, t in self.pairs
+        ]
+        return torch.stack(losses).mean() + self.scores * _relative(student.scores, teacher.scores)
+
+
+def _relative(mine: torch.Tensor, theirs: torch.Tensor) -> torch.Tensor:
+    return (mine - theirs).square().mean() / theirs.var().clamp_min(_SMALLEST)
 
 
 @dataclass(frozen=True)

@@ -23,6 +23,7 @@ from ..passes.quantize.passes import Annotate, Calibrate, Observe
 from .distill import Distillation
 from .distill_terms import Attention, Features, Relations, SoftLabels, Term
 from .loop import Trained, train
+from .matching import matched_values
 from .objectives import Objective
 from .options import SGD, AdamW, Muon, Optimizer, TrainingOptions
 from .qat import Simulation, freeze_norms, train_simulated
@@ -68,8 +69,8 @@ class Training(Pass):
             raise OptionError(
                 f"{self.augment} mixes pictures, not their labels", hint="distil with labels=0, or use flip-shift"
             )
-        plan = context.results.get(RESULT)
-        sparse = plan if isinstance(plan, PruningPlan) and plan.masks else None
+        plan = _plan(context)
+        sparse = plan if plan is not None and plan.masks else None
         augment = None if self.augment == "none" else self.augment
         return {"augment": augment, "progress": context.progress, "plan": sparse, "name": self.name}
 
@@ -97,10 +98,10 @@ class Finetune(Training):
 class Distil(Training):
     """Train a pruned program to say what the program before pruning says.
 
-    `soft` weighs the teacher's probabilities at `temperature`, `labels` the labels, `relations` DIST; `features` and
-    `attention` name modules whose values, or places of large values, are matched. `freeze`: BatchNorm keeps its
-    statistics, which is better for a network that `recover` has brought near its teacher. The other options are those
-    of `finetune`.
+    `soft` weighs the teacher's probabilities at `temperature`, `labels` the labels, `relations` DIST; `match` weighs
+    the values of all sums of residual branches, found in the graph, and the scores; `features` and `attention` name
+    modules whose values, or places of large values, are matched. `freeze`: BatchNorm keeps its statistics, which is
+    better for a network that `recover` has brought near its teacher. The other options are those of `finetune`.
     """
 
     name = "distil"
@@ -109,6 +110,7 @@ class Distil(Training):
     labels: float = 0.1
     temperature: float = 4.0
     relations: float = 0.0
+    match: float = 0.0
     features: tuple[str, ...] = ()
     attention: tuple[str, ...] = ()
     freeze: bool = False
@@ -121,6 +123,7 @@ class Distil(Training):
             raise OptionError("freeze has no effect: the program has no BatchNorm", hint="leave it out")
         terms = _terms(self.soft, self.temperature, self.features)
         terms += [Relations(self.relations, temperature=self.temperature)] if self.relations else []
+        terms += [matched_values(program, teacher, _plan(context), self.match)] if self.match else []
         terms += [Attention(_pairs(self.attention))] if self.attention else []
         objective = Distillation(program, teacher, terms, labels=self.labels, seed=context.seed)
         options, choices = self.options(context), self.choices(context, self.labels)
@@ -133,8 +136,9 @@ class QAT(Training):
     """Quantize, train on the numbers that quantization leaves, and fold (quantization-aware training).
 
     annotate, observe, calibrate, fake-quantize, train, fold-fake-quantize. `freeze` is the share of the training after
-    which BatchNorm uses its running statistics (none: never, and they are computed anew at the end). With `soft` the
-    float program, or the one before pruning, teaches, with `features` by the values of these modules too (see distil).
+    which BatchNorm uses its running statistics (none: never, and they are computed anew at the end). With `soft` or
+    `match` the float program, or the one before pruning, teaches, with `features` by the values of these modules too
+    (see distil).
     `ranges`, `keep_float`: as for quantize. The other options are those of `finetune`.
     """
 
@@ -144,6 +148,7 @@ class QAT(Training):
     soft: float = 0.0
     labels: float = 1.0
     temperature: float = 4.0
+    match: float = 0.0
     features: tuple[str, ...] = ()
     freeze: float | None = 0.75
     ranges: str = "auto"
@@ -155,12 +160,14 @@ class QAT(Training):
         if context.target is None:
             raise QuantizationError("quantization needs a target", hint="pass --target, for example ort-x86")
         data, original = labelled(context), context.results.get(ORIGINAL)
-        teacher = original if isinstance(original, Program) or not self.soft else program.copy()
+        plan = _plan(context) if isinstance(original, Program) else None
+        learns = bool(self.soft or self.match)
+        teacher = original if isinstance(original, Program) or not learns else program.copy()
         fake = FakeQuantize(learn_scales=self.learn_scales, learn_zero_points=self.learn_zero_points)
         before = (FuseBatchNorm(keep=True), Annotate(self.keep_float), Observe(self.ranges), Calibrate(), fake)  # type: ignore[arg-type]
         notes = [note for step in before for note in step.run(program, context).notes]
         choices = self.choices(context, self.labels)
-        if (objective := self._objective(program, teacher, context)) is not None:
+        if (objective := self._objective(program, teacher, plan, context)) is not None:
             choices["objective"] = objective
         simulation = Simulation(fake, self.freeze)
         trained = train_simulated(program, data, self.options(context), context.calibration, simulation, **choices)
@@ -168,13 +175,16 @@ class QAT(Training):
         change = FoldFakeQuantize().run(program, context)
         return Change(change.count, [*notes, *trained.notes(), *change.notes])
 
-    def _objective(self, program: Program, teacher: Program | None, context: Context) -> Objective | None:
-        if not self.soft or teacher is None:
+    def _objective(
+        self, program: Program, teacher: Program | None, plan: PruningPlan | None, context: Context
+    ) -> Objective | None:
+        if not (self.soft or self.match) or teacher is None:
             for name, idle in (("labels", self.labels != 1.0), ("features", bool(self.features))):
                 if idle:
-                    raise OptionError(f"{name} has no effect without soft", hint="give soft=0.9 too")
+                    raise OptionError(f"{name} has no effect without soft or match", hint="give match=1 too")
             return None
         terms = _terms(self.soft, self.temperature, self.features)
+        terms += [matched_values(program, teacher, plan, self.match)] if self.match else []
         return Distillation(program, teacher, terms, labels=self.labels, seed=context.seed)
 
 
@@ -182,6 +192,11 @@ def _terms(soft: float, temperature: float, features: tuple[str, ...]) -> list[T
     """What is learned from a teacher's scores and from the values of its modules."""
     terms: list[Term] = [SoftLabels(soft, temperature)] if soft else []
     return [*terms, Features(_pairs(features))] if features else terms
+
+
+def _plan(context: Context) -> PruningPlan | None:
+    plan = context.results.get(RESULT)
+    return plan if isinstance(plan, PruningPlan) else None
 
 
 def labelled(context: Context) -> Any:

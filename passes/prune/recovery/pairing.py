@@ -6,6 +6,7 @@ positions that the plan keeps.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -19,6 +20,8 @@ from ..analysis import Analysis, shape_of
 from ..axes import Axes
 from ..plan import PruningPlan
 from ..slicing import Cut
+
+Positions = Mapping[int, torch.Tensor]  # dimension -> indices
 
 _HINT = "give the program that the plan was applied to as reference, and plan.apply(reference) as the pruned program"
 
@@ -53,11 +56,12 @@ class Pair:
 
     def kept(self, node: fx.Node, value: torch.Tensor) -> torch.Tensor:
         """The part of a value of the reference that the pruned program has too."""
-        for dim, vector in enumerate(self._axes[node.name]):
-            if self.cut.changed(vector):
-                index = torch.from_numpy(np.flatnonzero(self.cut.mask(vector)))
-                value = value.index_select(dim, index.to(value.device))
-        return value
+        return select(value, self.positions(node))
+
+    def positions(self, node: fx.Node) -> Positions:
+        """Which positions of the reference's value are kept, along each dimension that was cut."""
+        axes = enumerate(self._axes[node.name])
+        return {d: torch.from_numpy(np.flatnonzero(self.cut.mask(v))) for d, v in axes if self.cut.changed(v)}
 
     @cached_property
     def affected(self) -> set[fx.Node]:
@@ -82,6 +86,13 @@ class Pair:
         known = self._reference_nodes.get(node.name)
         names = [n.name for n in node.all_input_nodes]
         return known is None or [n.name for n in known.all_input_nodes] != names
+
+
+def select(value: torch.Tensor, positions: Positions) -> torch.Tensor:
+    """The part of a value at these positions."""
+    for dim, index in positions.items():
+        value = value.index_select(dim, index.to(value.device))
+    return value
 
 
 def pair_programs(pruned: Program, reference: Program, plan: PruningPlan) -> Pair:

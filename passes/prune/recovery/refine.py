@@ -127,11 +127,19 @@ class Loss:
 def matched_nodes(pair: Pair) -> list[fx.Node]:
     """What layers behind a loss may be asked to match, in graph order: sums of branches, or outputs where there is no
     sum in the program."""
-    layers = [n for n in pair.pruned.graph.nodes if n in pair.affected and linear_layer(pair.pruned, n) is not None]
-    farthest = [next((t for t in targets(n) if pair.counterpart(t.node) is not None), None) for n in layers]
+    return sums_or_outputs(pair.pruned, lambda n: n in pair.affected, lambda n: pair.counterpart(n) is not None)
+
+
+def sums_or_outputs(
+    program: Program, layers: Callable[[fx.Node], bool], allowed: Callable[[fx.Node], bool]
+) -> list[fx.Node]:
+    """The farthest `allowed` nodes that linear `layers` flow into: sums of branches, or outputs of layers where there
+    is no such sum. In graph order."""
+    chosen = [n for n in program.graph.nodes if layers(n) and linear_layer(program, n) is not None]
+    farthest = [next((t for t in targets(n) if allowed(t.node)), None) for n in chosen]
     found = [t for t in farthest if t is not None]
-    chosen = {t.node for t in found if t.joining} or {t.node for t in found}
-    return [n for n in pair.pruned.graph.nodes if n in chosen]
+    nodes = {t.node for t in found if t.joining} or {t.node for t in found}
+    return [n for n in program.graph.nodes if n in nodes]
 
 
 @contextmanager
