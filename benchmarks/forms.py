@@ -34,8 +34,9 @@ from fxpress.passes.base import Context
 from fxpress.passes.manager import PassManager, run_passes
 from fxpress.passes.quantize.ranges.choose import mean_sqnr, program_outputs
 from fxpress.runtime.benchmark import compare_latency
+from fxpress.runtime.layers import check_layers
 from fxpress.runtime.session import make_session
-from fxpress.runtime.verify import check_layers, check_parity
+from fxpress.runtime.verify import check_parity
 
 PREPARE = "cleanup,canonicalize,fuse-batchnorm"
 TOKENS = 128

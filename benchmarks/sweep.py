@@ -29,7 +29,8 @@ from fxpress.frontend.sources import load_source
 from fxpress.passes.base import Context
 from fxpress.passes.manager import PassManager, run_passes
 from fxpress.passes.prune.masking import oracle_error
-from fxpress.runtime.verify import check_layers, check_parity
+from fxpress.runtime.layers import check_layers
+from fxpress.runtime.verify import check_parity
 
 # fmt: off
 MODELS = [

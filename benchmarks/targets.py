@@ -35,9 +35,10 @@ from fxpress.passes.manager import run_passes
 from fxpress.passes.quantize.ranges.choose import mean_sqnr, program_outputs
 from fxpress.runtime.benchmark import Timing, compare_latency
 from fxpress.runtime.dynamic_layers import check_dynamic, dynamic_nodes
+from fxpress.runtime.layers import check_layers
 from fxpress.runtime.openvino import integer_share, make_openvino_session
 from fxpress.runtime.session import Runnable, make_session
-from fxpress.runtime.verify import check_layers, check_parity
+from fxpress.runtime.verify import check_parity
 
 PREPARE = "cleanup,canonicalize,fuse-batchnorm"
 

@@ -15,11 +15,13 @@ from ..frontend.batches import Batches, examples_in
 from ..frontend.cost import count_macs, op_name
 from ..frontend.program import Program, module_path
 from ..passes.quantize.reasons import stated_reasons
+from ..runtime import layers
 from ..runtime.dynamic_layers import check_dynamic, dynamic_nodes
 from ..runtime.feed import example_tensors, examples, leaves, take
+from ..runtime.layers import LayerParity, LayerRow
 from ..runtime.report.build import Promise
 from ..runtime.session import Session
-from ..runtime.verify import LayerParity, LayerRow, Parity, check_layers, layer_table
+from ..runtime.verify import Parity
 from .settings import Compiled, Settings
 
 _JUDGED_EXAMPLES = 8
@@ -46,8 +48,8 @@ def judge_layers(compiled: Compiled, real: tuple[torch.Tensor, ...]) -> tuple[La
     if compiled.floating is None:
         return (check_dynamic(compiled.final, real) if dynamic_nodes(compiled.final) else None), []
     few = layer_inputs(compiled.floating, real)
-    rows = layer_table(compiled.floating, compiled.final, few)
-    return check_layers(compiled.final, few), named_by_module(rows, compiled.floating)
+    parity, rows = layers.judge_layers(compiled.floating, compiled.final, few)
+    return parity, named_by_module(rows, compiled.floating)
 
 
 def layer_inputs(program: Program, real: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:

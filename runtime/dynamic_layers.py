@@ -18,8 +18,9 @@ from ..backends.onnx.lower import lower
 from ..frontend.program import Program, describe_tensors, layer_name
 from .cut import watch
 from .feed import examples, leaves
+from .layers import LayerParity, LayerSteps
 from .session import Runnable, make_session
-from .verify import DYNAMIC_BOUND, LayerParity, LayerSteps, differences, is_dynamic, relative
+from .verify import DYNAMIC_BOUND, differences, is_dynamic, relative
 
 _STEPS = 255
 _EQUAL = 1e-5  # of the largest value: what the order of float32 sums may do

@@ -19,7 +19,7 @@ from ..errors import DataError, FxpressError, first_line
 from ..frontend.program import Program
 from .benchmark import Timing, compare_latency
 from .feed import take
-from .verify import LayerParity, check_layers
+from .layers import LayerParity, check_layers
 
 _INTEGER = ("u8", "i8")
 _BORING = ("Const", "Input", "Output", "Reorder")

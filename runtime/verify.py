@@ -1,13 +1,12 @@
-"""Does ONNX Runtime compute what PyTorch computes?
+"""Does ONNX Runtime compute what PyTorch computes? `check_parity` compares whole programs at several batch sizes.
 
-`check_parity` compares whole programs at several batch sizes, `check_layers` each layer of a quantized program fed the
-same integers, `layer_table` tells how much each layer loses to quantization, alone and with what came before it.
+Layers one by one are judged in layers.py.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -16,21 +15,17 @@ import onnx
 import torch
 from torch import fx
 
-from ..backends.onnx.lower import lower
 from ..errors import VerificationError
-from ..frontend.operators import dequantize, quantize
 from ..frontend.program import Program
-from ..passes.memory import return_memory
-from .cut import Cut, Site, cut_program, leading_op, quantized_sites, watch, weight_bytes
-from .feed import example_tensors, examples, has_dynamic_batch, leaves, random_inputs, take
-from .session import Runnable, Session, make_session
+from .cut import quantized_sites
+from .feed import example_tensors, has_dynamic_batch, leaves, random_inputs, take
+from .session import Session, make_session
 
 FLOAT_BOUND = 1e-4
 # PyTorch rounds every float16 result (to 2^-11 of it); ONNX Runtime on x86 keeps float32 between many of them.
 HALF_BOUND = 1e-2
 # Where a value is quantized as it comes (an LSTM's state too), its last bit may decide between two of 255 steps.
 DYNAMIC_BOUND = 1e-2
-_SQNR_CAP = 200.0
 _LEVELS = 255  # steps in the range of a float output, where no scale says how large a step is
 
 
@@ -58,51 +53,6 @@ class Parity:
     def kept(self) -> bool:
         """Is a float program within the bound? (A quantized one is judged layer by layer.)"""
         return self.quantized or self.max_relative <= self.bound
-
-
-@dataclass(frozen=True)
-class LayerSteps:
-    """One layer, fed the same integers: greatest difference in quantization steps, share of equal values."""
-
-    name: str
-    max_steps: int
-    share_equal: float
-
-
-@dataclass(frozen=True)
-class LayerParity:
-    """All layers. `share_equal` is over all values; `output_relative` is max |a - b| / max |b| of the float outputs,
-    `bound` how large it may be."""
-
-    layers: tuple[LayerSteps, ...]
-    max_steps: int
-    share_equal: float
-    output_relative: float
-    bound: float = FLOAT_BOUND
-
-    @property
-    def kept(self) -> bool:
-        return self.max_steps <= 1 and self.output_relative <= self.bound
-
-
-@dataclass(frozen=True)
-class LayerRow:
-    """What quantization costs at one layer. SQNR = 10 log10(sum ref^2 / sum err^2) in dB, at most 200 in size.
-
-    `isolated`: the layer alone, fed the float program's values, quantized; `accumulated`: in the quantized program.
-    None where the float program has no such value. `low`, `high`: what the layer's output can hold. `bytes`: of the
-    parameters that the layer reads.
-    """
-
-    name: str
-    op: str
-    sqnr_isolated_db: float | None
-    sqnr_accumulated_db: float | None
-    low: float
-    high: float
-    scale: float
-    zero_point: int
-    bytes: int
 
 
 # -- whole programs -------------------------------------------------------------------------------------------------
@@ -146,7 +96,7 @@ def float_bound(program: Program) -> float:
     return HALF_BOUND if any(isinstance(v, torch.Tensor) and v.dtype is torch.float16 for v in values) else FLOAT_BOUND
 
 
-def _to_numpy(x: torch.Tensor) -> np.ndarray:
+def to_numpy(x: torch.Tensor) -> np.ndarray:
     return x.detach().cpu().numpy()
 
 
@@ -187,10 +137,10 @@ class _Tally:
 
     def compare(self, program: Program, session: Session, inputs: tuple[torch.Tensor, ...]) -> None:
         expected = program.run_flat(leaves(program, inputs))
-        actual = session.run(*map(_to_numpy, inputs))
+        actual = session.run(*map(to_numpy, inputs))
         if len(actual) != len(expected):
             raise VerificationError(f"PyTorch gives {len(expected)} outputs, ONNX Runtime {len(actual)}")
-        for ours, theirs, step in zip(actual, map(_to_numpy, expected), self.steps):
+        for ours, theirs, step in zip(actual, map(to_numpy, expected), self.steps):
             self._one(ours, self._aligned(theirs, ours), step)
 
     def _aligned(self, theirs: np.ndarray, ours: np.ndarray) -> np.ndarray:
@@ -243,152 +193,3 @@ def differences(ours: np.ndarray, theirs: np.ndarray) -> tuple[float, float]:
 def relative(absolute: float, largest: float) -> float:
     """max |a - b| / max |b|; 0 where both are 0."""
     return 0.0 if absolute == 0 else absolute / max(largest, 1e-30)
-
-
-# -- layers of a quantized program ----------------------------------------------------------------------------------
-
-
-def check_layers(
-    program: Program, inputs: Sequence[torch.Tensor], load: Callable[[onnx.ModelProto], Runnable] = make_session
-) -> LayerParity:
-    """Feed each layer in ONNX Runtime the integers that the PyTorch simulation had on `inputs`, and compare.
-
-    `inputs` are the flat input tensors of one batch. Examples go through one at a time where the batch is dynamic.
-    `load` loads the model into another runtime.
-    Raises `VerificationError` for a program without quantized activations.
-    """
-    cut = cut_program(program)
-    if not cut.sites:
-        raise VerificationError("the program has no quantized activations", hint="use check_parity for float programs")
-    session = load(lower(cut.program))
-    counters = [_StepCounter() for _ in cut.sites]
-    worst = 0.0
-    for example in examples(program, inputs):
-        worst = max(worst, _compare_layers(program, cut, session, example, counters))
-        return_memory()
-    layers = tuple(LayerSteps(s.layer, c.most, c.share) for s, c in zip(cut.sites, counters))
-    total = sum(c.count for c in counters)
-    return LayerParity(layers, max(c.most for c in counters), sum(c.equal for c in counters) / max(total, 1), worst)
-
-
-@dataclass
-class _StepCounter:
-    most: int = 0
-    equal: int = 0
-    count: int = 0
-
-    @property
-    def share(self) -> float:
-        return self.equal / self.count if self.count else 1.0
-
-    def add(self, ours: np.ndarray, theirs: np.ndarray) -> None:
-        steps = np.abs(ours.astype(np.int64) - theirs.astype(np.int64))
-        self.most = max(self.most, int(steps.max(initial=0)))
-        self.equal += int((steps == 0).sum())
-        self.count += steps.size
-
-
-def _compare_layers(
-    program: Program, cut: Cut, session: Runnable, example: tuple[torch.Tensor, ...], counters: list[_StepCounter]
-) -> float:
-    """Compare one batch; returns the worst relative difference of the float outputs."""
-    values, outputs = watch(program, leaves(program, example), {s.node.name for s in cut.sites})
-    integers = [_to_numpy(values[s.node.name]) for s in cut.sites]
-    results = session.run(*map(_to_numpy, example), *integers)
-    for counter, ours, theirs in zip(counters, results, integers):
-        counter.add(ours, theirs)
-    floats = zip(results[len(integers) :], map(_to_numpy, outputs))
-    pairs = [(ours, theirs) for ours, theirs in floats if theirs.dtype.kind == "f"]
-    return max((relative(*differences(ours, theirs.reshape(ours.shape))) for ours, theirs in pairs), default=0.0)
-
-
-# -- what quantization costs ----------------------------------------------------------------------------------------
-
-
-def layer_table(float_program: Program, quantized_program: Program, inputs: Sequence[torch.Tensor]) -> list[LayerRow]:
-    """One row for each quantized activation, in order. `float_program` is the program just before quantization."""
-    cut = cut_program(quantized_program)
-    noises = [(_Noise(), _Noise()) for _ in cut.sites]
-    for example in examples(quantized_program, inputs):
-        _add_example(float_program, quantized_program, cut, example, noises)
-        return_memory()
-    return [
-        _row(site, quantized_program, isolated, accumulated) for site, (isolated, accumulated) in zip(cut.sites, noises)
-    ]
-
-
-@dataclass
-class _Noise:
-    """Sums of squares of a reference and of what differs from it."""
-
-    signal: float = 0.0
-    error: float = 0.0
-    seen: bool = False
-
-    def add(self, reference: torch.Tensor, value: torch.Tensor) -> None:
-        reference, value = reference.double(), value.double()
-        self.signal += float(reference.square().sum())
-        self.error += float((reference - value).square().sum())
-        self.seen = True
-
-    @property
-    def decibel(self) -> float | None:
-        """SQNR, held within +-200 dB so that it is a number in JSON; None where nothing was compared."""
-        if not self.seen:
-            return None
-        if self.error == 0:
-            return _SQNR_CAP
-        if self.signal == 0:
-            return -_SQNR_CAP
-        return min(max(10 * math.log10(self.signal / self.error), -_SQNR_CAP), _SQNR_CAP)
-
-
-def _add_example(
-    float_program: Program,
-    quantized_program: Program,
-    cut: Cut,
-    example: tuple[torch.Tensor, ...],
-    noises: list[tuple[_Noise, _Noise]],
-) -> None:
-    references, _ = watch(float_program, leaves(float_program, example), {s.layer for s in cut.sites})
-    values, _ = watch(quantized_program, leaves(quantized_program, example), {s.node.name for s in cut.sites})
-    fed = [_fed(site, references, values) for site in cut.sites]
-    _, results = watch(cut.program, [*example, *fed], set())
-    for site, (isolated, accumulated), result in zip(cut.sites, noises, results):
-        value = values[site.node.name]
-        reference = _reference(site, references, value)
-        if reference is not None:
-            isolated.add(reference, dequantize(result, site.scale, site.zero_point))
-            accumulated.add(reference, dequantize(value, site.scale, site.zero_point))
-
-
-def _reference(site: Site, references: dict[str, torch.Tensor], value: torch.Tensor) -> torch.Tensor | None:
-    """The float program's value of a site; one that is a reshape of it there (tokens as a matrix) is reshaped."""
-    reference = references.get(site.layer)
-    if reference is None or reference.numel() != value.numel():
-        return None
-    return reference.reshape(value.shape)
-
-
-def _fed(site: Site, references: dict[str, torch.Tensor], values: dict[str, torch.Tensor]) -> torch.Tensor:
-    """The float program's value, quantized; the quantized program's own where the float program has none."""
-    value = values[site.node.name]
-    reference = _reference(site, references, value)
-    if reference is None:
-        return value
-    return quantize(reference, site.scale, site.zero_point, site.dtype)
-
-
-def _row(site: Site, program: Program, isolated: _Noise, accumulated: _Noise) -> LayerRow:
-    low, high = site.bounds
-    return LayerRow(
-        name=site.layer,
-        op=leading_op(site),
-        sqnr_isolated_db=isolated.decibel,
-        sqnr_accumulated_db=accumulated.decibel,
-        low=low,
-        high=high,
-        scale=site.scale,
-        zero_point=site.zero_point,
-        bytes=weight_bytes(site, program),
-    )

@@ -18,7 +18,7 @@ from fxpress.passes.quantize.accuracy.correct_bias import correct_biases, typica
 from fxpress.passes.quantize.accuracy.float_twin import FLOAT_TWIN, make_twins
 from fxpress.passes.quantize.passes import Quantize
 from fxpress.passes.rewrite import constant
-from fxpress.runtime.verify import check_layers
+from fxpress.runtime.layers import check_layers
 
 TARGET = load_target("ort-x86")
 COARSE = dataclasses.replace(TARGET, weight=dataclasses.replace(TARGET.weight, bits=3))

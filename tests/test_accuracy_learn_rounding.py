@@ -22,7 +22,7 @@ from fxpress.passes.quantize.accuracy.soft_rounding import sharpness, soften
 from fxpress.passes.quantize.passes import Quantize
 from fxpress.passes.rewrite import constant
 from fxpress.recipe import load_recipe
-from fxpress.runtime.verify import check_layers
+from fxpress.runtime.layers import check_layers
 
 TARGET = load_target("ort-x86")
 COARSE = dataclasses.replace(TARGET, weight=dataclasses.replace(TARGET.weight, bits=3))

@@ -13,7 +13,8 @@ from fxpress.backends.targets import load_target
 from fxpress.frontend.capture import capture
 from fxpress.passes.base import Context
 from fxpress.passes.manager import run_passes
-from fxpress.runtime.verify import check_layers, check_parity, layer_table
+from fxpress.runtime.layers import check_layers, layer_table
+from fxpress.runtime.verify import check_parity
 
 pytestmark = [pytest.mark.slow, pytest.mark.zoo]
 

@@ -20,7 +20,7 @@ from fxpress.frontend.operators import declare_operators, dequantize, quantize
 from fxpress.passes.base import Context
 from fxpress.passes.manager import PassManager, op_counts
 from fxpress.passes.quantize.fake_quant import FakeQuantize
-from fxpress.runtime.verify import check_layers
+from fxpress.runtime.layers import check_layers
 from fxpress.training.distill import Distillation
 from fxpress.training.distill_terms import SoftLabels
 from fxpress.training.objectives import Batch, CrossEntropy

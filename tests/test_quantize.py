@@ -21,7 +21,7 @@ from fxpress.passes.quantize.annotate import annotate_program, annotation
 from fxpress.passes.quantize.fold import fold_program, quantize_weight, weight_scales
 from fxpress.passes.quantize.ranges.rules import CANDIDATES, RULES
 from fxpress.passes.quantize.stem import block_weights
-from fxpress.runtime.verify import check_layers
+from fxpress.runtime.layers import check_layers
 
 TARGET = load_target("ort-x86")
 PREPARE = "cleanup,fuse-batchnorm,canonicalize"

@@ -20,7 +20,8 @@ from fxpress.passes.base import Context
 from fxpress.passes.manager import PassManager, run_passes
 from fxpress.passes.prune.masking import oracle_error
 from fxpress.passes.quantize.ranges.choose import mean_sqnr
-from fxpress.runtime.verify import check_layers, check_parity
+from fxpress.runtime.layers import check_layers
+from fxpress.runtime.verify import check_parity
 
 ACTIVATIONS = (nn.ReLU, nn.ReLU6, nn.SiLU, nn.Hardswish, nn.GELU, nn.Sigmoid, nn.LeakyReLU, nn.Tanh, nn.Identity)
 

@@ -16,8 +16,8 @@ from fxpress.backends.onnx.lower import lower
 from fxpress.backends.targets import load_target
 from fxpress.passes.base import Context
 from fxpress.passes.manager import PassManager
+from fxpress.runtime.layers import check_layers
 from fxpress.runtime.openvino import integer_share, make_openvino_session
-from fxpress.runtime.verify import check_layers
 
 pytest.importorskip("openvino")
 

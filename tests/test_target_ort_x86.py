@@ -16,7 +16,7 @@ from fxpress.backends.targets import load_target, target_names
 from fxpress.errors import OptionError
 from fxpress.passes.base import Context
 from fxpress.passes.manager import PassManager
-from fxpress.runtime.verify import check_layers
+from fxpress.runtime.layers import check_layers
 
 TARGET = load_target("ort-x86")
 PIPELINE = "cleanup,fuse-batchnorm,canonicalize,quantize"

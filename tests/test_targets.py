@@ -26,7 +26,8 @@ from fxpress.passes.base import Context
 from fxpress.passes.manager import PassManager
 from fxpress.passes.quantize.fold import quantize_weight, weight_scales
 from fxpress.passes.quantize.spec import NumberFormat, Target, choose_params
-from fxpress.runtime.verify import check_layers, check_parity
+from fxpress.runtime.layers import check_layers
+from fxpress.runtime.verify import check_parity
 
 PIPELINE = "cleanup,fuse-batchnorm,canonicalize,quantize{ranges=minmax}"
 

@@ -24,7 +24,8 @@ from fxpress.passes.rewrite import argument, aten, call_after, call_before, find
 from fxpress.passes.verify import refresh_values
 from fxpress.runtime.cut import cut_program, quantized_sites
 from fxpress.runtime.feed import random_inputs
-from fxpress.runtime.verify import check_layers, check_parity, differences, layer_table
+from fxpress.runtime.layers import check_layers, layer_table
+from fxpress.runtime.verify import check_parity, differences
 
 
 class Net(nn.Module):
@@ -223,10 +224,10 @@ def test_each_layer_is_within_one_step() -> None:
 
 def test_a_wrong_layer_is_found_and_named(monkeypatch: pytest.MonkeyPatch) -> None:
     """The file gets another weight than the simulation: only the layer that reads it is off."""
-    from fxpress.runtime import verify
+    from fxpress.runtime import layers
 
     program = quantized_program(float_program())
-    monkeypatch.setattr(verify, "lower", lambda p: changed(lower(p), "s.b.weight", 1.3))
+    monkeypatch.setattr(layers, "lower", lambda p: changed(lower(p), "s.b.weight", 1.3))
     parity = check_layers(program, (torch.randn(2, 3, 8, 8),))
     assert {layer.name for layer in parity.layers if layer.max_steps > 1} == {"add"}
     assert not parity.kept

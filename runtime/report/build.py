@@ -11,7 +11,8 @@ from ...frontend.program import StageRecord
 from ...passes.prune.groups import Pinned
 from ...passes.prune.plan import PruningPlan
 from ..evaluate import Metric
-from ..verify import LayerParity, LayerRow, Parity
+from ..layers import LayerParity, LayerRow
+from ..verify import Parity
 from .environment import describe_environment
 
 SCHEMA = 1
