@@ -14,7 +14,7 @@ from .backends.onnx.lower import lower
 from .backends.targets import load_target
 from .compilation.placing import runs_here
 from .compilation.settings import Progress, Settings, Stages, quantizes, trains
-from .compilation.steps import compile_program, latency_clock
+from .compilation.steps import FLOAT_PIPELINE, compile_program, latency_clock
 from .errors import DataError, OptionError
 from .frontend.batches import Batches, as_batches
 from .frontend.capture import capture
@@ -23,7 +23,7 @@ from .frontend.program import Program
 from .frontend.weights import check_program_finite
 from .passes.base import Context
 from .passes.manager import PassManager
-from .passes.pipeline import make_pass
+from .passes.pipeline import make_pass, parse_pipeline
 from .passes.prune import planning
 from .passes.prune.plan import PruningPlan
 from .passes.quantize.passes import Ranges
@@ -158,7 +158,8 @@ def quantize(
     seed: int = 0,
     distributed: bool = False,
 ) -> Program:
-    """A quantized copy of `program`, which still runs in PyTorch. BatchNorm should be fused before.
+    """A quantized copy of `program`, which still runs in PyTorch. What is not fused yet is fused before: a BatchNorm or
+    an activation on its own would cost conversions from and to integers around it.
 
     `distributed`: the processes that `torchrun` started share the calibration; each must call this with the same data,
     and each returns the same program.
@@ -167,7 +168,8 @@ def quantize(
     """
     context = Context(target=load_target(target), calibration=as_batches(program, calibration), seed=seed)
     context.processes = _processes(distributed)
-    return PassManager([make_pass("quantize", {"ranges": ranges})]).run(program, context)
+    passes = [*parse_pipeline(FLOAT_PIPELINE), make_pass("quantize", {"ranges": ranges})]
+    return PassManager(passes).run(program, context)
 
 
 def to_onnx(program: Program, target: str = "ort-x86", opset: int = 21) -> onnx.ModelProto:
