@@ -8,7 +8,7 @@ work depends on which axes, how a data movement maps positions, and which factor
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -90,6 +90,7 @@ class Analysis:
     factors: dict[fx.Node, Vector] = field(default_factory=dict)  # what the `groups` literal of a node counts
     integers: list[str] = field(default_factory=list)  # names of tensors that hold no floating-point numbers
     _by_identity: dict[int, Axes] = field(default_factory=dict)
+    _named: dict[str, Any] = field(default_factory=dict, repr=False)
 
     # -- what rules read ----------------------------------------------------------------------------------------
 
@@ -130,10 +131,10 @@ class Analysis:
 
     def contract(self, node: fx.Node, name: str, dim: int, position: int | None = None) -> None:
         """`node` sums over dimension `dim` of its argument `name` (of the tensor at `position` of a list)."""
-        place = Contraction(node, name, dim, position)
-        axes = self.axes(place.operand)
+        operand = argument(node, name)
+        axes = self.axes(operand if position is None else operand[position])
         if axes[dim].any():
-            self.contractions.append(replace(place, dim=dim % len(axes)))
+            self.contractions.append(Contraction(node, name, dim % len(axes), position))
 
     def normalize(self, node: fx.Node, name: str, axes: Axes, dims: tuple[int, ...]) -> None:
         """`node` takes mean and variance over `dims` of its argument `name`, read with these axes."""
@@ -150,12 +151,21 @@ class Analysis:
 
     def holds_tensor(self, name: str) -> bool:
         """Is there a tensor under this name, and no subgraph?"""
-        return isinstance(get_attribute(self.program.graph_module, name), torch.Tensor)
+        return isinstance(self._attribute(name), torch.Tensor)
+
+    def _attribute(self, name: str) -> Any:
+        """What lies under a dotted name. Looking up all tensors at once is cheaper than path by path."""
+        if not self._named:
+            for prefix, module in self.program.graph_module.named_modules(remove_duplicate=False):
+                held = {**module._parameters, **module._buffers}
+                self._named.update({f"{prefix}.{n}" if prefix else n: t for n, t in held.items()})
+        found = self._named.get(name)
+        return found if found is not None else get_attribute(self.program.graph_module, name)
 
     def tensor_axes(self, name: str) -> Axes:
         """The axes of a parameter or buffer; one that is known under two names has the same axes under both."""
         if name not in self.tensors:
-            tensor = get_attribute(self.program.graph_module, name)
+            tensor = self._attribute(name)
             if not isinstance(tensor, torch.Tensor):
                 raise PruningError(f"{name} is no tensor", hint="control flow in the graph cannot be pruned")
             if id(tensor) not in self._by_identity:

@@ -214,7 +214,7 @@ class Atoms:
             for name in ("_parent", "_left", "_right", "_pin", "_marked"):
                 setattr(self, name, np.pad(getattr(self, name), (0, more)))
         atoms = np.arange(start, self.count)
-        self._parent[atoms] = atoms
+        self._parent[start : self.count] = atoms
         return atoms
 
     def _conjunction(self, first: Vector, second: Vector) -> Vector:
