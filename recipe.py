@@ -28,6 +28,11 @@ class Recipe:
     pipeline: str
 
 
+# How a network learns from the one that it was made from (docs/training.md): all recipes that train do it this way.
+_LEARN = "labels=0,match=1,optimizer=muon,batch_size=50,warmup=0.05"
+_PRUNE = "cleanup,prune{macs=0.5,importance=hessian},recover"
+_DISTIL = f"distil{{epochs=3,learning_rate=0.005,soft=0,{_LEARN}}}"
+
 RECIPES = {
     r.name: r
     for r in (
@@ -53,24 +58,23 @@ RECIPES = {
         ),
         Recipe(
             "int8-qat",
-            "INT8 by quantization-aware training, one epoch on labelled data",
-            "cleanup,canonicalize,fuse-batchnorm{keep=true},qat",
+            "INT8 by quantization-aware training: one epoch of following the float model",
+            f"cleanup,canonicalize,fuse-batchnorm{{keep=true}},qat{{learning_rate=0.0005,freeze=0,{_LEARN}}}",
         ),
         Recipe(
             "prune-int8",
             "half of the MACs, recovered without labels, then INT8",
-            "cleanup,prune{macs=0.5},recover,canonicalize,fuse-batchnorm,quantize",
+            f"{_PRUNE},canonicalize,fuse-batchnorm,quantize",
         ),
         Recipe(
             "prune-distil-int8",
-            "half of the MACs, distilled from the whole for three epochs, then INT8",
-            "cleanup,prune{macs=0.5},recover,distil{epochs=3},canonicalize,fuse-batchnorm,quantize",
+            "half of the MACs, three epochs of following the whole, then INT8",
+            f"{_PRUNE},{_DISTIL},canonicalize,fuse-batchnorm,quantize",
         ),
         Recipe(
             "prune-distil-qat",
-            "half of the MACs, distilled for three epochs, then INT8 by one epoch of training that simulates it",
-            "cleanup,prune{macs=0.5},recover,distil{epochs=3},canonicalize,fuse-batchnorm{keep=true},"
-            "qat{soft=0.9,labels=0.1}",
+            "half of the MACs, three epochs of following the whole, then INT8 by one epoch that simulates it",
+            f"{_PRUNE},{_DISTIL},canonicalize,fuse-batchnorm{{keep=true}},qat{{learning_rate=0.0015,freeze=0,{_LEARN}}}",
         ),
         Recipe("float", "fuse BatchNorm, stay in float", "cleanup,canonicalize,fuse-batchnorm"),
     )

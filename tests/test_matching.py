@@ -8,7 +8,6 @@ from torch import nn
 
 import fxpress
 from fxpress.backends.targets import load_target
-from fxpress.errors import OptionError
 from fxpress.passes.base import Context
 from fxpress.passes.manager import PassManager
 from fxpress.passes.prune.recovery.pairing import pair_programs
@@ -118,8 +117,37 @@ def test_qat_matches_the_float_program(program, images):
     assert distance(trained, program, images) < 0.01
 
 
-def test_nothing_in_common_is_an_error(program):
+class Plain(nn.Module):
+    """Convolutions in a row, without sums."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.Sequential(
+            nn.Conv2d(3, 12, 3), nn.BatchNorm2d(12), nn.ReLU(), nn.Conv2d(12, 8, 3), nn.BatchNorm2d(8), nn.SiLU()
+        )
+        self.head = nn.Linear(8, 5)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.head(self.layers(x).mean((2, 3)))
+
+
+def test_activations_are_matched_where_there_are_no_sums(images):
+    torch.manual_seed(0)
+    teacher = fxpress.capture(Plain().eval(), (EXAMPLE,))
+    plan = fxpress.plan_pruning(teacher, ratio=0.5, scope="layer", round_to=1)
+    pruned = plan.apply(teacher)
+    assert {n for n, _ in matched_values(pruned, teacher, plan).pairs} == {"relu", "silu"}
+    # Fused and quantized too, where a convolution's value has become that of the BatchNorm behind it.
+    fuse = "canonicalize,fuse-batchnorm{keep=true},annotate,observe,calibrate,fake-quantize"
+    fake = run(teacher, fuse, images)
+    term = matched_values(fake, teacher, None)
+    assert {n for n, _ in term.pairs} >= {"relu"}
+    assert loss(fake, teacher, term, images) < 1e-3
+
+
+def test_scores_alone_are_matched_where_nothing_else_is_common(program, images):
     other = fxpress.capture(nn.Sequential(nn.Flatten(), nn.Linear(192, 5)), (EXAMPLE,))
-    with pytest.raises(OptionError, match="no layer's value in common") as caught:
-        matched_values(other, program, None)
-    assert "hint:" in str(caught.value)
+    term = matched_values(other, program, None)
+    assert term.pairs == ()
+    want = 0.05 * (other(images) - program(images)).square().mean() / program(images).var()
+    torch.testing.assert_close(loss(other, program, term, images), want)

@@ -51,7 +51,7 @@ def test_frozen_distillation_keeps_the_statistics_of_batchnorm(digits, program):
 @pytest.mark.parametrize("name", RECIPES)
 def test_recipes_are_texts_that_round_trip(name):
     passes = resolve_passes(name)
-    assert print_pipeline(passes) == RECIPES[name].pipeline
+    assert parse_pipeline(RECIPES[name].pipeline) == passes
     assert parse_pipeline(print_pipeline(passes)) == passes
 
 

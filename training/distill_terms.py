@@ -137,9 +137,6 @@ class Matched:
     weight: float = 1.0
     scores: float = 0.05
 
-    def __post_init__(self) -> None:
-        _require_pairs(self.pairs)
-
     def adapters(self, student: Seen, teacher: Seen) -> list[nn.Module]:
         return []
 
@@ -147,7 +144,8 @@ class Matched:
         losses = [
             _relative(student.features[s], select(teacher.features[t], self.kept.get(t, {}))) for s, t in self.pairs
         ]
-        return torch.stack(losses).mean() + self.scores * _relative(student.scores, teacher.scores)
+        scores = self.scores * _relative(student.scores, teacher.scores)
+        return torch.stack(losses).mean() + scores if losses else scores
 
 
 def _relative(mine: torch.Tensor, theirs: torch.Tensor) -> torch.Tensor:

@@ -137,6 +137,7 @@ class Streamed:
 
     data: Batches
     seed: int
+
     @cached_property
     def steps(self) -> int:
         source = self.data.source()
@@ -169,9 +170,7 @@ def drawn(count: int, steps: int, seed: int, epoch: int) -> list[torch.Tensor]:
     return list(order.tensor_split(steps))
 
 
-def as_examples(
-    program: Program, data: Any, batch_size: int, seed: int, workers: int = 0
-) -> Held | Indexed | Streamed:
+def as_examples(program: Program, data: Any, batch_size: int, seed: int, workers: int = 0) -> Held | Indexed | Streamed:
     """Labelled data in the form in which it is trained on. Raises DataError where they do not fit or have no labels.
 
     A tuple (inputs..., labels) of tensors or arrays, a list of labelled batches, and pictures or arrays opened by name

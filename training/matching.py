@@ -1,7 +1,9 @@
 """Which values a pruned or quantized student has in common with the program that it was made from.
 
 Pruning, fusion and quantization keep the names of nodes, and a plan knows which positions it kept, so a student of the
-teacher's own kind needs no adapters: its sums of residual branches should be the teacher's, at these positions.
+teacher's own kind needs no adapters: its sums of residual branches should be the teacher's at these positions, or what
+its activation functions give, where it has no such sums. (The value of a layer is no such thing: fusion puts the
+BatchNorm behind it into it.)
 """
 
 from __future__ import annotations
@@ -9,40 +11,55 @@ from __future__ import annotations
 import torch
 from torch import fx
 
-from ..errors import OptionError
+from ..frontend.cost import op_name
 from ..frontend.program import Program
 from ..passes.prune.plan import PruningPlan
-from ..passes.prune.recovery.pairing import Positions, pair_programs
-from ..passes.prune.recovery.refine import matched_nodes, sums_or_outputs
+from ..passes.prune.recovery.pairing import Pair, Positions, pair_programs
+from ..passes.prune.recovery.refine import farthest
 from .distill_terms import Matched
+
+_ACTIVATIONS = frozenset(
+    f"aten.{name}"
+    for name in (
+        "relu", "relu6", "leaky_relu", "prelu", "elu", "selu", "celu", "gelu", "silu", "mish", "hardswish", "hardtanh",
+        "hardsigmoid", "sigmoid", "tanh", "softplus", "clamp", "glu",
+    )
+)  # fmt: skip
 
 
 def matched_values(student: Program, teacher: Program, plan: PruningPlan | None, weight: float = 1.0) -> Matched:
-    """What `student` can match of `teacher`. `plan` leads from the teacher to the student; None for one as wide.
+    """What `student` can match of `teacher`: the scores in any case, and the nodes that both have.
 
-    Raises OptionError where they have no such value in common.
+    `plan` leads from the teacher to the student; None for a student as wide as the teacher.
     """
-    positions = _unpruned(teacher) if plan is None else _pruned(teacher, plan)
+    pair = None if plan is None else pair_programs(plan.apply(teacher), teacher, plan)
     outputs = {n.name for n in student.output_nodes()}
-    nodes = {n.name: n for n in student.graph.nodes if n.name not in outputs}
-    theirs = {n.name: n for n in teacher.graph.nodes}
-    names = [n for n, kept in positions.items() if n in nodes and _fits(nodes[n], theirs[n], kept)]
-    if not names:
-        raise OptionError(
-            "match has no effect: the program has no layer's value in common with its teacher",
-            hint="name modules to match with features=, or learn from the scores with soft=",
-        )
-    return Matched(tuple((n, n) for n in names), {n: positions[n] for n in names}, weight)
+    mine = {n.name: n for n in student.graph.nodes if n.name not in outputs}
+    for nodes in (_sums(teacher), _activations(teacher)):
+        kept = {n.name: k for n in nodes if n.name in mine and (k := _positions(n, pair)) is not None}
+        common = [n for n in nodes if n.name in kept and _fits(mine[n.name], n, kept[n.name])]
+        if common:
+            names = [n.name for n in common]
+            return Matched(tuple((n, n) for n in names), {n: kept[n] for n in names}, weight)
+    return Matched((), {}, weight)
 
 
-def _pruned(teacher: Program, plan: PruningPlan) -> dict[str, Positions]:
-    """Names of the nodes that `plan` lets be matched, and what it keeps there."""
-    pair = pair_programs(plan.apply(teacher), teacher, plan)
-    return {n.name: pair.positions(n) for n in matched_nodes(pair) if pair.counterpart(n) is not None}
+def _sums(program: Program) -> list[fx.Node]:
+    """The sums of branches that end in a linear layer, in graph order."""
+    sums = {t.node for t in farthest(program, lambda n: True, lambda n: True) if t.joining}
+    return [n for n in program.graph.nodes if n in sums]
 
 
-def _unpruned(teacher: Program) -> dict[str, Positions]:
-    return {n.name: {} for n in sums_or_outputs(teacher, lambda n: True, lambda n: True)}
+def _activations(program: Program) -> list[fx.Node]:
+    return [n for n in program.graph.nodes if op_name(n) in _ACTIVATIONS]
+
+
+def _positions(node: fx.Node, pair: Pair | None) -> Positions | None:
+    """What a node of the teacher keeps; None where the plan cannot say."""
+    if pair is None:
+        return {}
+    pruned = next((n for n in pair.pruned.graph.nodes if n.name == node.name), None)
+    return None if pruned is None or pair.counterpart(pruned) is None else pair.positions(pruned)
 
 
 def _fits(mine: fx.Node, theirs: fx.Node, kept: Positions) -> bool:

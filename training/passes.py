@@ -101,7 +101,8 @@ class Distil(Training):
     `soft` weighs the teacher's probabilities at `temperature`, `labels` the labels, `relations` DIST; `match` weighs
     the values of all sums of residual branches, found in the graph, and the scores; `features` and `attention` name
     modules whose values, or places of large values, are matched. `freeze`: BatchNorm keeps its statistics, which is
-    better for a network that `recover` has brought near its teacher. The other options are those of `finetune`.
+    better for a network that `recover` has brought near its teacher (the default with `match`). The other options are
+    those of `finetune`.
     """
 
     name = "distil"
@@ -113,13 +114,14 @@ class Distil(Training):
     match: float = 0.0
     features: tuple[str, ...] = ()
     attention: tuple[str, ...] = ()
-    freeze: bool = False
+    freeze: bool | None = None
 
     def run(self, program: Program, context: Context) -> Change:
         teacher = context.results.get(ORIGINAL)
         if not isinstance(teacher, Program):
             raise OptionError("distil has no teacher", hint="put it after prune{...}, or use finetune")
-        if self.freeze and not freeze_norms(program):
+        freeze = bool(self.match) if self.freeze is None else self.freeze
+        if freeze and not freeze_norms(program) and self.freeze:
             raise OptionError("freeze has no effect: the program has no BatchNorm", hint="leave it out")
         terms = _terms(self.soft, self.temperature, self.features)
         terms += [Relations(self.relations, temperature=self.temperature)] if self.relations else []

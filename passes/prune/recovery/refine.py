@@ -31,7 +31,7 @@ from .pairing import Pair
 from .partial_run import PartialRun
 from .reconstruct import reconstruct
 from .shuffle import Augment, Batch, shuffled
-from .targets import Values, targets
+from .targets import Target, Values, targets
 
 _WARM_UP = 0.1  # share of the steps
 _OUTPUT_WEIGHT = 0.05
@@ -127,19 +127,16 @@ class Loss:
 def matched_nodes(pair: Pair) -> list[fx.Node]:
     """What layers behind a loss may be asked to match, in graph order: sums of branches, or outputs where there is no
     sum in the program."""
-    return sums_or_outputs(pair.pruned, lambda n: n in pair.affected, lambda n: pair.counterpart(n) is not None)
+    found = farthest(pair.pruned, lambda n: n in pair.affected, lambda n: pair.counterpart(n) is not None)
+    chosen = {t.node for t in found if t.joining} or {t.node for t in found}
+    return [n for n in pair.pruned.graph.nodes if n in chosen]
 
 
-def sums_or_outputs(
-    program: Program, layers: Callable[[fx.Node], bool], allowed: Callable[[fx.Node], bool]
-) -> list[fx.Node]:
-    """The farthest `allowed` nodes that linear `layers` flow into: sums of branches, or outputs of layers where there
-    is no such sum. In graph order."""
+def farthest(program: Program, layers: Callable[[fx.Node], bool], allowed: Callable[[fx.Node], bool]) -> list[Target]:
+    """For each of the linear `layers` the farthest `allowed` node that it flows into, in graph order."""
     chosen = [n for n in program.graph.nodes if layers(n) and linear_layer(program, n) is not None]
-    farthest = [next((t for t in targets(n) if allowed(t.node)), None) for n in chosen]
-    found = [t for t in farthest if t is not None]
-    nodes = {t.node for t in found if t.joining} or {t.node for t in found}
-    return [n for n in program.graph.nodes if n in nodes]
+    found = [next((t for t in targets(n) if allowed(t.node)), None) for n in chosen]
+    return [t for t in found if t is not None]
 
 
 @contextmanager
