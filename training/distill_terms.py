@@ -22,6 +22,7 @@ from torch.nn import functional as F
 
 from ..errors import OptionError
 from ..passes.prune.recovery.pairing import Positions, select
+from ..passes.prune.recovery.refine import later_counts_more
 
 Pairs = tuple[tuple[str, str], ...]
 _SMALLEST = 1e-8
@@ -128,8 +129,8 @@ class Matched:
     """The values of nodes that student and teacher have in common, and their scores, by squared error relative to the
     teacher's variance (docstring of passes/prune/recovery/refine.py). `matched_values` (matching.py) finds the nodes.
 
-    `kept`: which positions of the teacher's values the student has, by the teacher's names. `scores`: what the error of
-    the scores weighs beside the mean error of the nodes.
+    `pairs` are in graph order: the i-th weighs i. `kept`: which positions of the teacher's values the student has, by
+    the teacher's names. `scores`: what the error of the scores weighs beside the mean error of the nodes.
     """
 
     pairs: Pairs
@@ -145,7 +146,7 @@ class Matched:
             _relative(student.features[s], select(teacher.features[t], self.kept.get(t, {}))) for s, t in self.pairs
         ]
         scores = self.scores * _relative(student.scores, teacher.scores)
-        return torch.stack(losses).mean() + scores if losses else scores
+        return later_counts_more(losses) + scores
 
 
 def _relative(mine: torch.Tensor, theirs: torch.Tensor) -> torch.Tensor:
