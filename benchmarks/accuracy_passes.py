@@ -18,7 +18,6 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
-import math
 import sys
 import time
 from collections.abc import Callable, Iterable
@@ -36,6 +35,7 @@ from fxpress.backends.onnx.lower import lower
 from fxpress.backends.targets import load_target
 from fxpress.frontend.program import Program
 from fxpress.frontend.sources import load_source
+from fxpress.frontend.sqnr import Sqnr
 from fxpress.frontend.weights import load_weights
 from fxpress.passes.base import Context
 from fxpress.passes.manager import run_passes
@@ -201,12 +201,12 @@ def measure(name: str, case: Case, target: Target, pipeline: str) -> dict[str, o
 
 def sqnr(case: Case, result: Program) -> float:
     """Of all outputs together, in dB."""
-    signal = noise = 0.0
+    found = Sqnr()
     for batch in case.held_out:
         for a, b in zip(case.program.run_flat(batch), result.run_flat(batch)):
-            signal += float(a.double().square().sum())
-            noise += float((a.double() - b.double()).square().sum())
-    return 10 * math.log10(signal / noise)
+            found.add(a, b)
+    assert found.decibel is not None
+    return found.decibel
 
 
 def float_top1(case: Case) -> float | None:

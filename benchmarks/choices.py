@@ -17,9 +17,10 @@ import statistics
 import numpy as np
 import onnx
 import torch
-from int8_accuracy import DATA, collect, interleaved
+from int8_accuracy import DATA, collect
 from models import cifar_resnet20, cifar_resnet32
 from onnx import TensorProto, helper, numpy_helper
+from peers import interleaved
 
 import fxpress
 from fxpress.backends.onnx.lower import lower

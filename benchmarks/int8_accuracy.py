@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import random
 import statistics
 import sys
 import time
@@ -22,7 +21,7 @@ import numpy as np
 import onnx
 import torch
 from models import cifar_resnet20
-from peers import quantize_static_models
+from peers import interleaved, quantize_static_models
 
 import fxpress
 from fxpress.backends.coverage import measure_coverage
@@ -54,25 +53,6 @@ def eager(module: torch.nn.Module) -> Callable[[np.ndarray], np.ndarray]:
             return module(torch.from_numpy(x)).numpy()
 
     return run
-
-
-def interleaved(
-    models: dict[str, onnx.ModelProto], x: np.ndarray, rounds: int, trials: int = 5
-) -> dict[str, list[float]]:
-    """Milliseconds of each model in each round. The order is drawn anew for every round (who runs behind the large float
-    model finds a cold cache), and every trial loads the models anew (where a session's memory lies is worth a few
-    percent)."""
-    times: dict[str, list[float]] = {name: [] for name in models}
-    draw = random.Random(0)
-    for _ in range(trials):
-        sessions = {name: make_session(model, threads=1) for name, model in models.items()}
-        for i in range(rounds // trials + 5):
-            for name in draw.sample(list(models), len(models)):
-                start = time.perf_counter()
-                sessions[name].run(x)
-                if i >= 5:
-                    times[name].append((time.perf_counter() - start) * 1e3)
-    return times
 
 
 def compare(

@@ -19,8 +19,6 @@ import dataclasses
 import functools
 import gc
 import json
-import math
-import random
 import statistics
 import time
 from collections.abc import Callable
@@ -32,13 +30,14 @@ import onnx
 import torch
 from int8_accuracy import DATA, collect
 from models import Detector
-from peers import Feed, nncf_model, quantize_static_models
+from peers import Feed, interleaved, nncf_model, quantize_static_models, quantize_static_settings
 from torch import nn
 from zoo_models import redraw
 
 import fxpress
 from fxpress.backends.coverage import measure_coverage
 from fxpress.frontend.sources import load_source
+from fxpress.frontend.sqnr import Sqnr
 from fxpress.frontend.weights import load_weights
 from fxpress.runtime.session import Session, make_session
 
@@ -181,7 +180,6 @@ def run_case(name: str, case: Case, options: argparse.Namespace) -> dict[str, ob
 
 
 def peers_settings() -> dict[str, dict[str, object]]:
-    from peers import quantize_static_settings
 
     return quantize_static_settings()
 
@@ -200,9 +198,10 @@ def measure(found: Found, feeds: list[Feed], options: argparse.Namespace) -> Non
         except Exception as error:
             row.note = f"does not run: {str(error).splitlines()[0][:100]}"
             del found.models[name]
-    times = interleaved(found.models, feeds[0], options.rounds, time.perf_counter if options.wall else time.thread_time)
+    clock = time.perf_counter if options.wall else time.thread_time
+    times = interleaved(found.models, feeds[0], options.rounds, clock, trials=4)
     for name, measured in times.items():
-        found.rows[name].ms = round(statistics.median(measured) * 1e3, 3)
+        found.rows[name].ms = round(statistics.median(measured), 3)
         found.rows[name].speedup = round(statistics.median(f / t for f, t in zip(times["float"], measured)), 3)
 
 
@@ -211,30 +210,13 @@ def outputs(session: Session, feeds: list[Feed]) -> list[tuple[np.ndarray, ...]]
 
 
 def sqnr(reference: list[tuple[np.ndarray, ...]], actual: list[tuple[np.ndarray, ...]]) -> float:
-    """10 log10(signal / error) in dB over all samples and outputs."""
-    signal = error = 0.0
+    """Over all samples and outputs, in dB."""
+    found = Sqnr()
     for wants, haves in zip(reference, actual):
         for want, have in zip(wants, haves):
-            signal += float(np.square(want, dtype=np.float64).sum())
-            error += float(np.square(want.astype(np.float64) - have).sum())
-    return 10 * math.log10(max(signal, 1e-300) / max(error, 1e-300))
-
-
-def interleaved(
-    models: dict[str, onnx.ModelProto], feed: Feed, rounds: int, clock: Callable[[], float], trials: int = 4
-) -> dict[str, list[float]]:
-    """Seconds of each model in each round; see the module's docstring."""
-    times: dict[str, list[float]] = {name: [] for name in models}
-    draw = random.Random(0)
-    for _ in range(trials):
-        sessions = {name: make_session(model, threads=1) for name, model in models.items()}
-        for i in range(max(3, rounds // trials) + 2):
-            for name in draw.sample(list(models), len(models)):
-                start = clock()
-                sessions[name].run(feed)
-                if i >= 2:
-                    times[name].append(clock() - start)
-    return times
+            found.add(want, have)
+    assert found.decibel is not None
+    return found.decibel
 
 
 def show(result: dict[str, object]) -> str:

@@ -1,16 +1,20 @@
-"""Other tools on the same float ONNX file and the same calibration samples, for comparisons in one run."""
+"""Other tools on the same float ONNX file and the same calibration samples, and their models timed in one run."""
 
 from __future__ import annotations
 
 import contextlib
 import io
 import logging
+import random
 import tempfile
-from collections.abc import Iterable, Iterator
+import time
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
 import numpy as np
 import onnx
+
+from fxpress.runtime.session import make_session
 
 Feed = dict[str, np.ndarray]
 
@@ -76,3 +80,26 @@ def nncf_model(model: onnx.ModelProto, feeds: list[Feed], transformer: bool = Fa
     kind = nncf.ModelType.TRANSFORMER if transformer else None
     with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
         return nncf.quantize(model, nncf.Dataset(feeds), subset_size=len(feeds), model_type=kind)
+
+
+def interleaved(
+    models: dict[str, onnx.ModelProto],
+    inputs: Feed | np.ndarray,
+    rounds: int,
+    clock: Callable[[], float] = time.perf_counter,
+    trials: int = 5,
+) -> dict[str, list[float]]:
+    """Milliseconds of each model in each round, one thread. The order is drawn anew for every round (who runs behind the
+    large float model finds a cold cache), and every trial loads the models anew (where a session's memory lies is worth
+    a few percent)."""
+    times: dict[str, list[float]] = {name: [] for name in models}
+    draw, warm = random.Random(0), 3
+    for _ in range(trials):
+        sessions = {name: make_session(model, threads=1) for name, model in models.items()}
+        for i in range(max(3, rounds // trials) + warm):
+            for name in draw.sample(list(models), len(models)):
+                start = clock()
+                sessions[name].run(inputs)
+                if i >= warm:
+                    times[name].append((clock() - start) * 1e3)
+    return times

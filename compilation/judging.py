@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import math
 
 import numpy as np
 import onnx
@@ -14,6 +13,7 @@ from ..backends.coverage import Coverage, measure_coverage
 from ..frontend.batches import Batches, examples_in
 from ..frontend.cost import count_macs, op_name
 from ..frontend.program import Program, module_path
+from ..frontend.sqnr import Sqnr
 from ..passes.quantize.reasons import stated_reasons
 from ..runtime import layers
 from ..runtime.dynamic_layers import check_dynamic, dynamic_nodes
@@ -28,7 +28,6 @@ _JUDGED_EXAMPLES = 8
 # Three sizes tell whether the batch is free; large networks take the smallest three.
 _BATCHES, _FEWER, _PARITY_MACS = (1, 2, 5), (1, 2, 3), 16e9
 _LEAST_EXAMPLES, _LAYER_MACS = 2, 8e9  # layers are judged on that many examples, or that many MACs
-_SQNR_LIMIT = 200.0
 
 
 def parity_batches(program: Program) -> tuple[int, ...]:
@@ -92,19 +91,15 @@ def judge_coverage(model: onnx.ModelProto, compiled: Compiled, settings: Setting
 
 def output_sqnr(reference: Program, session: Session, real: tuple[torch.Tensor, ...]) -> float | None:
     """SQNR in dB of the compiled model's outputs in ONNX Runtime against float in PyTorch; capped at +-200."""
-    signal = noise = 0.0
     if not any(o.dtype.startswith("float") for o in reference.outputs):
         return None
+    found = Sqnr()
     for example in examples(reference, real):
-        expected = reference.run_flat(leaves(reference, example))
         actual = session.run(*(x.numpy() for x in example))
-        for e, a in zip(expected, actual):
+        for e, a in zip(reference.run_flat(leaves(reference, example)), actual):
             if e.is_floating_point():
-                signal += float(e.double().square().sum())
-                noise += float((e.double() - torch.from_numpy(np.array(a)).double().reshape(e.shape)).square().sum())
-    if noise == 0:
-        return _SQNR_LIMIT
-    return min(max(10 * math.log10(max(signal, 1e-300) / noise), -_SQNR_LIMIT), _SQNR_LIMIT)
+                found.add(e, np.array(a))
+    return found.decibel
 
 
 def reference_promise(parity: Parity) -> Promise:

@@ -6,7 +6,6 @@ quantization, alone and with what came before it; `judge_layers` does both for o
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -18,13 +17,13 @@ from ..backends.onnx.lower import lower
 from ..errors import VerificationError
 from ..frontend.operators import dequantize, quantize
 from ..frontend.program import Program
+from ..frontend.sqnr import Sqnr
 from ..passes.memory import return_memory
 from .cut import Cut, Site, cut_program, leading_op, watch, weight_bytes
 from .feed import examples, leaves
 from .session import Runnable, make_session
 from .verify import FLOAT_BOUND, differences, relative, to_numpy
 
-_SQNR_CAP = 200.0
 Values = dict[str, torch.Tensor]
 Load = Callable[[onnx.ModelProto], Runnable]
 
@@ -170,38 +169,12 @@ class _StepCounter:
 # -- what quantization costs ----------------------------------------------------------------------------------------
 
 
-@dataclass
-class _Noise:
-    """Sums of squares of a reference and of what differs from it."""
-
-    signal: float = 0.0
-    error: float = 0.0
-    seen: bool = False
-
-    def add(self, reference: torch.Tensor, value: torch.Tensor) -> None:
-        reference, value = reference.double(), value.double()
-        self.signal += float(reference.square().sum())
-        self.error += float((reference - value).square().sum())
-        self.seen = True
-
-    @property
-    def decibel(self) -> float | None:
-        """SQNR, held within +-200 dB so that it is a number in JSON; None where nothing was compared."""
-        if not self.seen:
-            return None
-        if self.error == 0:
-            return _SQNR_CAP
-        if self.signal == 0:
-            return -_SQNR_CAP
-        return min(max(10 * math.log10(self.signal / self.error), -_SQNR_CAP), _SQNR_CAP)
-
-
 class _Losses:
     """What quantization costs at each site, over examples."""
 
     def __init__(self, float_program: Program, quantized_program: Program, cut: Cut) -> None:
         self.floating, self.quantized, self.cut = float_program, quantized_program, cut
-        self.noises = [(_Noise(), _Noise()) for _ in cut.sites]
+        self.noises = [(Sqnr(), Sqnr()) for _ in cut.sites]
 
     def add(self, example: tuple[torch.Tensor, ...], values: Values) -> None:
         """Take in one batch, for which the simulation gave `values`."""
@@ -238,7 +211,7 @@ def _fed(site: Site, references: dict[str, torch.Tensor], values: dict[str, torc
     return quantize(reference, site.scale, site.zero_point, site.dtype)
 
 
-def _row(site: Site, program: Program, isolated: _Noise, accumulated: _Noise) -> LayerRow:
+def _row(site: Site, program: Program, isolated: Sqnr, accumulated: Sqnr) -> LayerRow:
     low, high = site.bounds
     return LayerRow(
         name=site.layer,

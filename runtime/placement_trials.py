@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import math
 import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -14,6 +13,7 @@ import torch
 from ..backends.onnx.lower import lower
 from ..errors import QuantizationError
 from ..frontend.program import Program
+from ..frontend.sqnr import LIMIT_DB, Sqnr
 from ..passes.base import Context, Pass
 from ..passes.manager import PassManager
 from ..passes.quantize.passes import Annotate, Quantize
@@ -23,7 +23,6 @@ from .feed import examples
 from .session import Session, make_session
 
 _AGAIN = 3
-EXACT_DB = 200.0  # what SQNR is held to where there is no error
 
 
 @dataclass(frozen=True)
@@ -121,15 +120,12 @@ class TrialBench:
         batches = [tuple(x.numpy() for x in e) for e in examples(self.program, self.samples)]
         if not self._expected:
             self._expected = [self.floating.run(*b) for b in batches]
-        signal = error = 0.0
+        found = Sqnr()
         for expected, batch in zip(self._expected, batches):
             for a, b in zip(expected, session.run(*batch)):
                 if a.dtype.kind == "f":
-                    signal += float(np.square(a.astype(np.float64)).sum())
-                    error += float(np.square(a.astype(np.float64) - b).sum())
-        if error == 0:
-            return EXACT_DB
-        return min(10 * math.log10(max(signal, 1e-300) / error), EXACT_DB)
+                    found.add(a, b)
+        return LIMIT_DB if found.decibel is None else found.decibel
 
 
 def placed(passes: Sequence[Pass], placement: Placement) -> list[Pass]:

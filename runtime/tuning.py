@@ -26,6 +26,7 @@ import torch
 from ..errors import QuantizationError
 from ..frontend.cost import op_name
 from ..frontend.program import Program
+from ..frontend.sqnr import LIMIT_DB
 from ..passes.base import Context, Pass
 from ..passes.quantize.placement.atoms import Atoms, find_atoms, integer_groups, names_for
 from ..passes.quantize.placement.minimum_cut import Problem
@@ -35,7 +36,7 @@ from ..passes.quantize.spec import Target
 from ..passes.rewrite import argument, argument_names
 from .atom_costs import PartClock, measure_problem
 from .latency import LatencyTable, environment_key
-from .placement_trials import EXACT_DB, Placement, Trial, TrialBench, deciding
+from .placement_trials import Placement, Trial, TrialBench, deciding
 
 _WORTH = 0.01  # a gain below this is not told from none
 _LOSS_DB = 1.0  # how much less faithful than all integer a placement may be
@@ -250,7 +251,7 @@ class _Search:
         best = next((t for t in rivals if t.speed > start.speed * (1 + _WORTH)), start)
         if best.high < 1:
             nothing = Placement("all float", (), (), frozenset())
-            best = Trial(nothing, 1.0, 1.0, 1.0, best.milliseconds * best.speed, EXACT_DB)
+            best = Trial(nothing, 1.0, 1.0, 1.0, best.milliseconds * best.speed, LIMIT_DB)
         return best, start
 
     # -- trials ------------------------------------------------------------------------------------------------------

@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import math
 from collections.abc import Iterable, Iterator
 
 import torch
@@ -21,6 +20,7 @@ from torch.utils import _pytree as pytree
 
 from ....frontend.cost import count_macs
 from ....frontend.program import Program
+from ....frontend.sqnr import Sqnr
 from ...base import Context
 from ..annotate import annotation
 from ..fold import params_of, quantize_weight, weight_scales
@@ -125,12 +125,10 @@ def program_outputs(program: Program, batch: tuple[torch.Tensor, ...]) -> tuple[
 
 
 def mean_sqnr(expected: Iterable[tuple[torch.Tensor, ...]], got: Iterable[tuple[torch.Tensor, ...]]) -> float:
-    """10 log10 of signal over error power in dB, over all batches, averaged over the outputs."""
-    signal: dict[int, float] = {}
-    error: dict[int, float] = {}
+    """The SQNR over all batches, averaged over the outputs."""
+    found: dict[int, Sqnr] = {}
     for want, have in zip(expected, got):
         for i, (a, b) in enumerate(zip(want, have)):
-            signal[i] = signal.get(i, 0.0) + float(a.double().pow(2).sum())
-            error[i] = error.get(i, 0.0) + float((a.double() - b.double()).pow(2).sum())
-    values = [10 * math.log10(max(signal[i], 1e-30) / max(error[i], 1e-30 * max(signal[i], 1.0))) for i in signal]
+            found.setdefault(i, Sqnr()).add(a, b)
+    values = [v for s in found.values() if (v := s.decibel) is not None]
     return sum(values) / len(values) if values else 0.0
