@@ -88,8 +88,8 @@ def params_of(sites: Sites, key: int, target: Target) -> QuantParams:
 
 
 def _site_params(site: Site, form: NumberFormat) -> QuantParams:
-    if site.fixed is not None:
-        return site.fixed
+    if site.fixed is not None or site.tied is not None:
+        return site.fixed or site.tied  # type: ignore[return-value]
     assert site.observer is not None
     try:
         params = site.observer.params(form)

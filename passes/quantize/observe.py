@@ -33,8 +33,9 @@ class Site:
     """One observed tensor: its observer, or where its parameters come from instead.
 
     `shared` names another site with the same integers (moves), whose scale is multiplied by `factor`, `fixed` gives
-    known parameters, `bound` caps the range from above (an absorbed activation's own limit), `form` is its number
-    format where that is not the target's own. `layer` is the name of the float node.
+    known parameters, `tied` those that it shares with what it is concatenated with, `bound` caps the range from above
+    (an absorbed activation's own limit), `form` is its number format where that is not the target's own. `layer` is the
+    name of the float node.
     """
 
     key: int
@@ -45,6 +46,7 @@ class Site:
     bound: float | None = None
     form: NumberFormat | None = None
     factor: float = 1.0
+    tied: QuantParams | None = None
 
 
 @dataclass

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 
 import torch
 from torch import fx
@@ -22,6 +22,7 @@ from ....frontend.cost import count_macs
 from ....frontend.program import Program
 from ....frontend.sqnr import Sqnr
 from ...base import Context
+from ...rewrite import aten, find
 from ..annotate import annotation
 from ..fold import params_of, quantize_weight, weight_scales
 from ..observe import Sites, sites_of
@@ -29,25 +30,43 @@ from ..running import Runner, in_parts
 from ..spec import QuantParams, Target
 from .observers import Candidates
 from .rules import CANDIDATES
+from .tie import tie_concatenations
 
 _MOST_SAMPLES, _LEAST_SAMPLES = 32, 4
 _WORK = 10e9  # multiplications that one trial may take, the least number of samples aside
 
 
-def choose_ranges(program: Program, target: Target, weight_ranges: str, context: Context) -> list[str]:
-    """Settle on one rule for all `Candidates` in the program. Returns notes, none if nothing was to choose."""
+def choose_ranges(
+    program: Program, target: Target, weight_ranges: str, context: Context, tie: bool = True
+) -> list[str]:
+    """Settle on one rule for all `Candidates` in the program, and with `tie` on one scale for what is concatenated.
+
+    Returns notes, none if nothing was to choose.
+    """
     sites = sites_of(program)
     candidates = [s.observer for s in sites.by_key.values() if isinstance(s.observer, Candidates)]
-    if not candidates or not sites.samples or context.calibration is None:
+    ties = tie and any(True for _ in find(program, aten.cat.default))
+    if not (candidates or ties) or not sites.samples or context.calibration is None:
         return []
     parts = list(_first_samples(program, context.calibration))
     with contextlib.closing(Runner(program)) as runner:
         expected = list(_outputs(runner, parts, {}))
-    scores = {}
     with contextlib.closing(Runner(program, functools.partial(_rounded_weights, target, weight_ranges))) as runner:
-        for rule in CANDIDATES:
-            _choose(candidates, rule)
-            scores[rule] = mean_sqnr(expected, _outputs(runner, parts, _roundings(sites, target)))
+
+        def measure() -> float:
+            return mean_sqnr(expected, _outputs(runner, parts, _roundings(sites, target)))
+
+        notes = _choose_rule(candidates, measure) if candidates else []
+        if ties:
+            notes += tie_concatenations(program, target, lambda key: params_of(sites, key, target), measure)
+    return notes
+
+
+def _choose_rule(candidates: list[Candidates], measure: Callable[[], float]) -> list[str]:
+    scores = {}
+    for rule in CANDIDATES:
+        _choose(candidates, rule)
+        scores[rule] = measure()
     best = max(scores, key=lambda rule: scores[rule])
     _choose(candidates, best)
     listed = ", ".join(f"{rule} {score:.1f} dB" for rule, score in scores.items())
