@@ -2,6 +2,7 @@
 
 model.onnx      the compiled model
 float.onnx      the float model that the report compares with; only `eval` and `bench` read it, it need not be shipped
+                (with float.onnx.data, its weights, above 2 GB)
 report.json     the truth: every figure; report.html shows it
 manifest.json   checksums, versions, preprocessing, inputs and outputs, labels
 """
@@ -19,7 +20,7 @@ from onnx import ModelProto
 from ..errors import ArtifactError, OutputError
 from .atomic import check_writable, replace_folder
 from .manifest import FLOAT_MODEL, MODEL, Manifest, is_artifact
-from .model_file import ModelFile
+from .model_file import ModelFile, external_data
 from .report.page import render_page
 from .report.words import comparison, percent
 
@@ -86,8 +87,11 @@ def read_report(folder: str | Path) -> dict[str, Any]:
     return json.loads(content)
 
 
-def read_models(folder: str | Path) -> tuple[bytes, bytes]:
-    """(float, compiled) models of an artifact, checksums verified. Raises ArtifactError."""
+def read_models(folder: str | Path) -> tuple[bytes | Path, bytes]:
+    """(float, compiled) models of an artifact, checksums verified. Raises ArtifactError.
+
+    A float model above 2 GB is given as its path, since its weights lie beside it.
+    """
     folder = Path(folder)
     manifest = Manifest.read(folder)
     if not (folder / FLOAT_MODEL).is_file():
@@ -95,7 +99,11 @@ def read_models(folder: str | Path) -> tuple[bytes, bytes]:
             f"{folder} has no {FLOAT_MODEL} to compare with",
             hint="compile again, or use `fxpress bench OUT --against FILE`",
         )
-    return manifest.verify(folder, FLOAT_MODEL), manifest.verify(folder, MODEL)
+    floating = manifest.verify(folder, FLOAT_MODEL)
+    if (weights := external_data(folder / FLOAT_MODEL)).name not in manifest.files:
+        return floating, manifest.verify(folder, MODEL)
+    manifest.check(folder, weights.name)
+    return folder / FLOAT_MODEL, manifest.verify(folder, MODEL)
 
 
 def _write_model(model: ModelProto, path: Path) -> None:

@@ -75,10 +75,21 @@ class Manifest:
             content = (folder / name).read_bytes()
         except OSError as error:
             raise ArtifactError(f"{folder / name} cannot be read: {error.strerror}", hint=_DAMAGED) from error
-        known = self.files.get(name)
-        if known is None or hashlib.sha256(content).hexdigest() != known.sha256:
-            raise ArtifactError(f"{folder / name} is not what was compiled: its checksum differs", hint=_DAMAGED)
+        self._compare(folder / name, hashlib.sha256(content).hexdigest())
         return content
+
+    def check(self, folder: Path, name: str) -> None:
+        """As `verify`, for a file too large to be read at once."""
+        try:
+            found = record(folder / name)
+        except OSError as error:
+            raise ArtifactError(f"{folder / name} cannot be read: {error.strerror}", hint=_DAMAGED) from error
+        self._compare(folder / name, found.sha256)
+
+    def _compare(self, path: Path, sha256: str) -> None:
+        known = self.files.get(path.name)
+        if known is None or sha256 != known.sha256:
+            raise ArtifactError(f"{path} is not what was compiled: its checksum differs", hint=_DAMAGED)
 
 
 def _parsed(values: dict[str, Any], path: Path) -> Manifest:

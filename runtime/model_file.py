@@ -52,12 +52,14 @@ class ModelFile:
         return model
 
     def save(self, path: Path) -> None:
-        """Write the model as one file, its weights copied from file to file. Raises ValueError above 2 GB."""
+        """Write the model as one file, its weights copied from file to file. Above 2 GB, where one file cannot hold it,
+        the weights lie beside it as `<name>.data`. Raises ValueError where it was kept in memory and is too large."""
         if self._kept is not None:
             path.write_bytes(self._kept.SerializeToString())
             return
         if self.size_bytes >= _PROTOBUF_END:
-            raise ValueError("protobuf files end at 2 GiB")
+            self._save_two(path)
+            return
         with path.open("wb") as file, self._path.with_name(_WEIGHTS).open("rb") as weights:
             for piece in single_file(self._skeleton()):
                 if isinstance(piece, Span):
@@ -65,6 +67,16 @@ class ModelFile:
                     file.write(weights.read(piece.length))
                 else:
                     file.write(piece)
+
+    def _save_two(self, path: Path) -> None:
+        beside = external_data(path)
+        shutil.copyfile(self._path.with_name(_WEIGHTS), beside)
+        model = self._skeleton()
+        for tensor in model.graph.initializer:
+            for entry in tensor.external_data:
+                if entry.key == "location":
+                    entry.value = beside.name
+        path.write_bytes(model.SerializeToString())
 
     def _write(self, program: Program) -> bool:
         try:
@@ -78,6 +90,11 @@ class ModelFile:
 
     def _skeleton(self) -> onnx.ModelProto:
         return onnx.load(self._path, load_external_data=False)
+
+
+def external_data(path: Path) -> Path:
+    """Where the weights of a model above 2 GB lie."""
+    return path.with_name(f"{path.name}.data")
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,9 @@ from torch import nn
 
 import fxpress
 from fxpress.backends.onnx.lower import lower
+from fxpress.errors import ArtifactError
 from fxpress.runtime import model_file
+from fxpress.runtime.artifact import read_models
 from fxpress.runtime.model_file import ModelFile
 from fxpress.runtime.session import make_session
 
@@ -60,3 +62,26 @@ def test_where_no_file_can_be_written_the_model_stays_in_memory(monkeypatch):
     waiting = ModelFile(fxpress.capture(Net().eval(), torch.randn(2, 3, 8, 8)))
     assert isinstance(waiting.source, onnx.ModelProto)
     make_session(waiting.source)
+
+
+def test_above_two_gigabytes_the_weights_lie_beside(monkeypatch, tmp_path):
+    """The limit is lowered here; everything else is as it is for a large model."""
+    monkeypatch.setattr(model_file, "_IN_MEMORY", 0)
+    monkeypatch.setattr(model_file, "_PROTOBUF_END", 10_000)
+    program = fxpress.capture(Net().eval(), torch.randn(2, 3, 8, 8))
+    artifact = fxpress.compile(program, calibration=[torch.randn(8, 3, 8, 8)], output=tmp_path / "out")
+    folder = artifact.path
+    assert set(artifact.manifest.files) >= {"model.onnx", "float.onnx", "float.onnx.data"}
+    assert (folder / "float.onnx").stat().st_size < 10_000
+    floating, compiled = read_models(folder)
+    x = torch.randn(2, 3, 8, 8)
+    torch.testing.assert_close(torch.from_numpy(make_session(floating).run(x.numpy())[0]), program(x).detach())
+    make_session(compiled)
+    content = bytearray((folder / "float.onnx.data").read_bytes())
+    content[100] ^= 1
+    (folder / "float.onnx.data").write_bytes(content)
+    with pytest.raises(ArtifactError, match="checksum differs"):
+        read_models(folder)
+    (folder / "float.onnx.data").unlink()
+    with pytest.raises(ArtifactError, match="cannot be read"):
+        read_models(folder)
