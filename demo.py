@@ -1,8 +1,8 @@
 """`fxpress demo`: the main job from beginning to end, on data that comes with scikit-learn.
 
-A small conv-BN-ReLU network learns to read 8x8 digits; it is captured, pruned to half its MACs, briefly fine-tuned, and
-compiled (fused, calibrated, quantized, lowered, verified). The held-out digits take no part in training, fine-tuning
-or calibration; they only judge.
+A small conv-BN-ReLU network learns to read 8x8 digits; it is captured, pruned to half its MACs, trained for a moment to
+follow the whole network, and compiled (fused, calibrated, quantized, lowered, verified). The held-out digits take no
+part in training or calibration; they only judge.
 """
 
 from __future__ import annotations
@@ -20,8 +20,10 @@ from .frontend.capture import capture
 from .passes.prune.planning import plan_pruning
 from .runtime.artifact import Artifact, check_output
 from .runtime.evaluate import Top1
+from .training.distill import Distillation
 from .training.loop import finetune
-from .training.options import AdamW, TrainingOptions
+from .training.matching import matched_values
+from .training.options import AdamW, Muon, TrainingOptions
 from .training.threads import torch_threads
 
 MACS_KEPT = 0.5
@@ -81,7 +83,7 @@ def load_digits(seed: int = 0) -> Digits:
 
 
 def run_demo(output: str | Path, seed: int = 0, threads: int = 1, progress: Progress | None = None) -> Artifact:
-    """Train, prune, fine-tune, compile and judge; writes the artifact to `output`. Raises FxpressError subclasses."""
+    """Train, prune, train, compile and judge; writes the artifact to `output`. Raises FxpressError subclasses."""
     check_output(output)
     digits = load_digits(seed)
     with torch_threads(threads):
@@ -95,8 +97,10 @@ def _run(output: Path, digits: Digits, seed: int, threads: int, progress: Progre
     untrained = capture(DigitNet(), (digits.inputs[:2],))
     reference = finetune(untrained, data, options, progress=progress, name="train")
     plan = plan_pruning(reference, macs=MACS_KEPT, round_to=16, seed=seed)
-    options = TrainingOptions(epochs=_RECOVERY_EPOCHS, optimizer=AdamW(3e-3, weight_decay=1e-4), seed=seed + 1)
-    pruned = finetune(plan.apply(reference), data, options, progress=progress)
+    student = plan.apply(reference)
+    follow = Distillation(student, reference, [matched_values(student, reference, plan)], seed=seed)
+    options = TrainingOptions(epochs=_RECOVERY_EPOCHS, optimizer=Muon(), seed=seed + 1)
+    pruned = finetune(student, data, options, objective=follow, progress=progress)
     return compile(
         pruned,
         calibration=digits.inputs[:CALIBRATION].split(32),
