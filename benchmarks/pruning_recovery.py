@@ -170,7 +170,7 @@ def table(rows: list[Row]) -> str:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--json", type=Path)
-    parser.add_argument("--epochs", type=int, default=60)
+    parser.add_argument("--epochs", type=int, default=120)
     parser.add_argument("--steps", type=int, default=1, help="prune and recover in so many steps")
     parser.add_argument("--max-ratio", type=float, help="the largest share that any layer loses")
     parser.add_argument("--float32", action="store_true", help="train without bfloat16")
