@@ -100,13 +100,22 @@ def layer_table(float_program: Program, quantized_program: Program, inputs: Sequ
 def judge_layers(
     float_program: Program, program: Program, inputs: Sequence[torch.Tensor]
 ) -> tuple[LayerParity, list[LayerRow]]:
-    """`check_layers` and `layer_table` on the same examples, each of which is simulated once."""
+    """`check_layers` and `layer_table` on the same examples, each of which is simulated once.
+
+    The integers of all examples are kept until the runtime is asked: they take far less than its session does, which is
+    made when the float values are gone.
+    """
     cut = cut_program(program)
-    steps, losses = _Steps(program, cut, make_session), _Losses(float_program, program, cut)
+    losses = _Losses(float_program, program, cut)
+    kept = []
     for example in examples(program, inputs):
         values, outputs = _simulated(program, cut, example)
-        steps.add(example, values, outputs)
         losses.add(example, values)
+        kept.append((example, values, outputs))
+        return_memory()
+    steps = _Steps(program, cut, make_session)
+    for simulated in kept:
+        steps.add(*simulated)
         return_memory()
     return steps.parity(), losses.rows()
 
