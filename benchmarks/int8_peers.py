@@ -166,8 +166,8 @@ def run_case(name: str, case: Case, options: argparse.Namespace) -> dict[str, ob
     entry = floating.graph.input[0].name
     feeds = [{entry: x[None].numpy()} for x in calibration]
     if not options.alone:
-        for setting in peers_settings():
-            found.add(setting, lambda s=setting: quantize_static_models(floating, feeds, {s: peers_settings()[s]})[s])
+        for setting in quantize_static_settings():
+            found.add(setting, lambda s=setting: quantize_static_models(floating, feeds, {s: quantize_static_settings()[s]})[s])
         found.add("NNCF", lambda: nncf_model(floating, feeds, case.transformer))
     measure(found, [{entry: x[None].numpy()} for x in judged], options)
     report = kept["fxpress"].report if kept else {}
@@ -177,11 +177,6 @@ def run_case(name: str, case: Case, options: argparse.Namespace) -> dict[str, ob
         "recipe": options.recipe, "pipeline": report.get("pipeline"), "parity": parity,
         "rows": [dataclasses.asdict(r) for r in found.rows.values()],
     }  # fmt: skip
-
-
-def peers_settings() -> dict[str, dict[str, object]]:
-
-    return quantize_static_settings()
 
 
 def measure(found: Found, feeds: list[Feed], options: argparse.Namespace) -> None:

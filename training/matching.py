@@ -8,6 +8,8 @@ BatchNorm behind it into it.)
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import torch
 from torch import fx
 
@@ -35,8 +37,9 @@ def matched_values(student: Program, teacher: Program, plan: PruningPlan | None,
     pair = None if plan is None else pair_programs(plan.apply(teacher), teacher, plan)
     outputs = {n.name for n in student.output_nodes()}
     mine = {n.name: n for n in student.graph.nodes if n.name not in outputs}
+    pruned = {} if pair is None else {n.name: n for n in pair.pruned.graph.nodes}
     for nodes in (_sums(teacher), _activations(teacher)):
-        kept = {n.name: k for n in nodes if n.name in mine and (k := _positions(n, pair)) is not None}
+        kept = {n.name: k for n in nodes if n.name in mine and (k := _positions(n.name, pair, pruned)) is not None}
         common = [n for n in nodes if n.name in kept and _fits(mine[n.name], n, kept[n.name])]
         if common:
             names = [n.name for n in common]
@@ -54,12 +57,12 @@ def _activations(program: Program) -> list[fx.Node]:
     return [n for n in program.graph.nodes if op_name(n) in _ACTIVATIONS]
 
 
-def _positions(node: fx.Node, pair: Pair | None) -> Positions | None:
-    """What a node of the teacher keeps; None where the plan cannot say."""
+def _positions(name: str, pair: Pair | None, pruned: Mapping[str, fx.Node]) -> Positions | None:
+    """What the teacher's node of that name keeps; None where the plan cannot say."""
     if pair is None:
         return {}
-    pruned = next((n for n in pair.pruned.graph.nodes if n.name == node.name), None)
-    return None if pruned is None or pair.counterpart(pruned) is None else pair.positions(pruned)
+    node = pruned.get(name)
+    return None if node is None or pair.counterpart(node) is None else pair.positions(node)
 
 
 def _fits(mine: fx.Node, theirs: fx.Node, kept: Positions) -> bool:

@@ -137,6 +137,6 @@ class TrainingOptions:
 _PRECISIONS = ("float32", "bfloat16", "float16")
 
 
-def _check_optimizer(optimizer: SGD | AdamW | Muon) -> None:
+def _check_optimizer(optimizer: Optimizer) -> None:
     require("learning_rate", optimizer.learning_rate, optimizer.learning_rate > 0, "a positive number")
     require("weight_decay", optimizer.weight_decay, optimizer.weight_decay >= 0, "zero or a positive number")

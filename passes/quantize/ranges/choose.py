@@ -56,13 +56,14 @@ def choose_ranges(
         def measure() -> float:
             return mean_sqnr(expected, _outputs(runner, parts, _roundings(sites, target)))
 
-        notes = _choose_rule(candidates, measure) if candidates else []
+        notes, sqnr = _choose_rule(candidates, measure) if candidates else ([], None)
         if ties:
-            notes += tie_concatenations(program, target, lambda key: params_of(sites, key, target), measure)
+            notes += tie_concatenations(program, target, lambda key: params_of(sites, key, target), measure, sqnr)
     return notes
 
 
-def _choose_rule(candidates: list[Candidates], measure: Callable[[], float]) -> list[str]:
+def _choose_rule(candidates: list[Candidates], measure: Callable[[], float]) -> tuple[list[str], float]:
+    """Let the most faithful rule count. Returns notes, and its SQNR in dB."""
     scores = {}
     for rule in CANDIDATES:
         _choose(candidates, rule)
@@ -70,7 +71,7 @@ def _choose_rule(candidates: list[Candidates], measure: Callable[[], float]) -> 
     best = max(scores, key=lambda rule: scores[rule])
     _choose(candidates, best)
     listed = ", ".join(f"{rule} {score:.1f} dB" for rule, score in scores.items())
-    return [f"ranges by {best} (SQNR of the outputs on calibration samples: {listed})"]
+    return [f"ranges by {best} (SQNR of the outputs on calibration samples: {listed})"], scores[best]
 
 
 def _choose(candidates: list[Candidates], rule: str) -> None:

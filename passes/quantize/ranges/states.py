@@ -57,6 +57,4 @@ def _is_data(value: Any) -> bool:
 def _fresh(value: Any) -> dict[str, Any]:
     """The private fields as a new observer has them."""
     private = [f for f in dataclasses.fields(value) if f.init and f.name.startswith("_")]
-    return {
-        f.name: f.default_factory() if f.default_factory is not dataclasses.MISSING else f.default for f in private
-    }
+    return {f.name: f.default_factory() if f.default_factory is not dataclasses.MISSING else f.default for f in private}

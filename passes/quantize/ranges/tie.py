@@ -28,16 +28,18 @@ _ALLOWED_DB = 0.5
 Params = Callable[[int], QuantParams]  # key of an observed tensor -> its parameters
 
 
-def tie_concatenations(program: Program, target: Target, params: Params, measure: Callable[[], float]) -> list[str]:
+def tie_concatenations(
+    program: Program, target: Target, params: Params, measure: Callable[[], float], before: float | None = None
+) -> list[str]:
     """Tie what may be tied, in `sites_of(program)`. Returns notes, none where there is nothing to tie.
 
-    `measure` gives the SQNR of the outputs as the sites are now, in dB.
+    `measure` gives the SQNR of the outputs as the sites are now, in dB; `before` is what it gave last, if known.
     """
     sites = sites_of(program)
     sets = [s for keys in _connected(program, sites) if (s := _common(sites, keys, target, params)) is not None]
     if not sets:
         return []
-    before = measure()
+    before = measure() if before is None else before
     _tie(sites, sets)
     kept, after = sets, measure()
     note = f"SQNR of the outputs {before:.1f} to {after:.1f} dB"
