@@ -7,7 +7,6 @@ products, attention and recurrent layers; elementwise work and normalization are
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from math import prod
@@ -72,13 +71,16 @@ def op_name(node: fx.Node) -> str:
     """ "aten.conv2d" of a node that calls an operator, without its overload; "" or a Python name for other nodes."""
     if node.op != "call_function":
         return ""
-    return _name(node.target)
+    target = node.target
+    known = _NAMES.get(id(target))
+    if known is None or known[0] is not target:
+        schema = getattr(target, "_schema", None)
+        name = schema.name.replace("::", ".") if schema is not None else getattr(target, "__name__", str(target))
+        known = _NAMES[id(target)] = target, name
+    return known[1]
 
 
-@functools.cache
-def _name(target: Any) -> str:
-    schema = getattr(target, "_schema", None)
-    return schema.name.replace("::", ".") if schema is not None else getattr(target, "__name__", str(target))
+_NAMES: dict[int, tuple[Any, str]] = {}  # a cache, by identity: hashing an op takes longer than all else here
 
 
 def concrete(size: Any) -> int:

@@ -31,9 +31,10 @@ def argument(node: fx.Node, name: str) -> Any:
     Raises KeyError for a name that the op's schema does not have.
     """
     position, default = signature(node.target)[name]
-    if name in node.kwargs:
-        return node.kwargs[name]
-    return node.args[position] if position < len(node.args) else default
+    args = node.args
+    if position < len(args):
+        return args[position]
+    return node.kwargs.get(name, default)
 
 
 def argument_names(node: fx.Node) -> Collection[str]:

@@ -19,7 +19,7 @@ from ...errors import PruningError
 from ...frontend.cost import concrete, op_name
 from ...frontend.program import Program, get_attribute
 from ..rewrite import argument
-from .axes import Atoms, Axes, Reason, Vector
+from .axes import Atoms, Axes, Reason, Vector, movable
 
 Value = Axes | list[Axes]  # of a tensor, or of an op with several outputs
 
@@ -119,13 +119,13 @@ class Analysis:
 
     def same(self, first: Vector, second: Vector, node: fx.Node, text: str | None = None) -> None:
         """Both dimensions are indexed together in `node`."""
-        if first is second:
+        if self.atoms.adopt(first, second):
             return
         self.atoms.unify(first, second, Reason(text or f"{op_name(node)} meets a dimension that cannot change", node))
 
     def pin(self, axes: Vector | Axes, node: fx.Node, text: str) -> None:
         """These dimensions keep all their positions, because of `node`."""
-        moving = [v for v in axes if v.any()] if isinstance(axes, tuple) else [axes]
+        moving = [v for v in axes if movable(v)] if isinstance(axes, tuple) else [axes]
         if moving:
             self.atoms.pin(np.concatenate(moving) if len(moving) > 1 else moving[0], Reason(text, node))
 
@@ -133,12 +133,12 @@ class Analysis:
         """`node` sums over dimension `dim` of its argument `name` (of the tensor at `position` of a list)."""
         operand = argument(node, name)
         axes = self.axes(operand if position is None else operand[position])
-        if axes[dim].any():
+        if movable(axes[dim]):
             self.contractions.append(Contraction(node, name, dim % len(axes), position))
 
     def normalize(self, node: fx.Node, name: str, axes: Axes, dims: tuple[int, ...]) -> None:
         """`node` takes mean and variance over `dims` of its argument `name`, read with these axes."""
-        if any(axes[d].any() for d in dims):
+        if any(movable(axes[d]) for d in dims):
             self.statistics.append(Statistics(node, name, axes, tuple(d % len(axes) for d in dims)))
 
     def costs(self, node: fx.Node, *axes: Vector, share: float = 1.0) -> None:
@@ -156,9 +156,7 @@ class Analysis:
     def _attribute(self, name: str) -> Any:
         """What lies under a dotted name. Looking up all tensors at once is cheaper than path by path."""
         if not self._named:
-            for prefix, module in self.program.graph_module.named_modules(remove_duplicate=False):
-                held = {**module._parameters, **module._buffers}
-                self._named.update({f"{prefix}.{n}" if prefix else n: t for n, t in held.items()})
+            _collect(self.program.graph_module, "", self._named)
         found = self._named.get(name)
         return found if found is not None else get_attribute(self.program.graph_module, name)
 
@@ -179,6 +177,15 @@ class Analysis:
 def rows(names: str, rule: Callable[..., Any]) -> dict[str, Callable[..., Any]]:
     """Rows of a rule table: the same rule for several ATen ops."""
     return {f"aten.{name}": rule for name in names.split()}
+
+
+def _collect(module: torch.nn.Module, prefix: str, found: dict[str, Any]) -> None:
+    """Parameters and buffers under all their names (`named_modules` takes five times as long)."""
+    for name, tensor in (*module._parameters.items(), *module._buffers.items()):
+        found[prefix + name] = tensor
+    for name, child in module._modules.items():
+        if child is not None:
+            _collect(child, f"{prefix}{name}.", found)
 
 
 # -- reading nodes ------------------------------------------------------------------------------------------------

@@ -25,7 +25,8 @@ from torch import fx
 from ...frontend.program import source_of
 
 FIXED = 0
-_ROOM = 1 << 18  # atoms to begin with: memory that is not touched costs nothing
+_ROOM = 1 << 18  # atoms that there is memory for to begin with: what is not touched costs nothing
+_BEGIN = 1 << 14  # atoms that are numbered to begin with
 Vector = np.ndarray  # one atom per position of a dimension, int64
 Axes = tuple[Vector, ...]  # one vector per dimension of a tensor
 
@@ -56,7 +57,9 @@ class Atoms:
         self._left = np.zeros(_ROOM, dtype=np.int64)  # of a product atom: the outer conjunct, else 0
         self._right = np.zeros(_ROOM, dtype=np.int64)
         self._pin = np.zeros(_ROOM, dtype=np.int64)  # of a root: index into reasons, 0 when it may be removed
-        self._marked = np.zeros(_ROOM, dtype=bool)  # has a pin, or is or belongs to a product
+        self._marked = np.zeros(_ROOM, dtype=bool)  # has a pin, is or belongs to a product, or follows another atom
+        self._every = np.zeros(0, dtype=np.int64)  # 0, 1, 2 ...: new vectors are pieces of it
+        self._runs: dict[int, Vector] = {}  # id -> a vector that `_allocate` gave
         self._products = False
         self._adopted: dict[int, tuple[Vector, Vector]] = {}  # id -> the vector (kept, so that its id is), its like
         self._ranges: dict[int, tuple[Vector, int, int]] = {}  # id -> the vector itself, its least and greatest atom
@@ -150,7 +153,7 @@ class Atoms:
 
     def pin(self, vector: Vector, reason: Reason) -> None:
         """Never remove these positions: pin every literal of them that is not pinned yet."""
-        if not vector.any():
+        if not movable(vector):
             return
         literals = self.resolve(vector)
         free = literals[(self._pin[literals] == 0) & (literals != FIXED)]
@@ -159,9 +162,13 @@ class Atoms:
             self._pin[free] = len(self.reasons) - 1
             self._marked[free] = True
 
+    def adopt(self, first: Vector, second: Vector) -> bool:
+        """Where nothing is known yet of one of them, let it be the other: most unions are this. Nothing is pinned."""
+        return first is second or self._adopt(first, second) or self._adopt(second, first)
+
     def unify(self, first: Vector, second: Vector, reason: Reason) -> None:
         """Position i of both is kept or removed together. `reason` is kept where this pins something."""
-        if first is second or self._adopt(first, second) or self._adopt(second, first):
+        if self.adopt(first, second):
             return
         assert len(first) == len(second)
         first, second = self.find(first), self.find(second)
@@ -181,21 +188,30 @@ class Atoms:
     # -- inner parts --------------------------------------------------------------------------------------------
 
     def _adopt(self, known: Vector, new: Vector) -> bool:
-        """Where `new` is a run of atoms of which nothing is known yet, let it be `known`: most unions are this one."""
-        if len(known) != len(new) or not len(new):
+        """Where `new` is a run of atoms of which nothing is known yet, let it be `known`."""
+        if len(known) != len(new) or not (len(new) and self._is_run(new)):
             return False
         start = int(new[0])
-        stop = start + len(new)
-        untouched = stop <= self.count and (self._parent[start:stop] == new).all()
+        run = slice(start, start + len(new))
         # FIXED needs a reason, a factor of a product may be one of `known`, and newer atoms may lead to `new`.
-        if not untouched or self._marked[start:stop].any() or not self._lies_before(known, start):
+        if not self._lies_before(known, start) or np.count_nonzero(self._marked[run]):
             return False
-        self._parent[start:stop] = known
+        self._parent[run] = known
+        self._marked[run] = True
         self._adopted[id(new)] = new, known
         return True
 
+    def _is_run(self, vector: Vector) -> bool:
+        """Consecutive atoms, as all that was allocated as one and pieces of it are."""
+        if id(vector) in self._runs:
+            return True
+        start = int(vector[0])
+        return np.array_equal(vector, self._every[start : start + len(vector)])
+
     def _lies_before(self, known: Vector, start: int) -> bool:
         """Are all atoms older than `start`, and none FIXED? Asked of one vector for many others."""
+        if id(known) in self._runs:  # FIXED is in no run
+            return int(known[-1]) < start
         if id(known) not in self._ranges:
             self._ranges[id(known)] = known, int(known.min()), int(known.max())
         _, least, greatest = self._ranges[id(known)]
@@ -209,13 +225,23 @@ class Atoms:
 
     def _allocate(self, size: int) -> Vector:
         start, self.count = self.count, self.count + size
-        if self.count > len(self._parent):
-            more = max(self.count, 2 * len(self._parent)) - len(self._parent)
+        if self.count > len(self._every):
+            self._make_room()
+        vector = self._every[start : self.count]
+        self._runs[id(vector)] = vector
+        return vector
+
+    def _make_room(self) -> None:
+        """More atoms that are their own roots: twice as many as are in use, within the memory that there is."""
+        begun, size = len(self._every), max(_BEGIN, 2 * self.count)
+        if self.count <= len(self._parent):
+            size = min(size, len(self._parent))
+        self._every = np.arange(size)
+        if size > len(self._parent):
+            more = size - len(self._parent)
             for name in ("_parent", "_left", "_right", "_pin", "_marked"):
                 setattr(self, name, np.pad(getattr(self, name), (0, more)))
-        atoms = np.arange(start, self.count)
-        self._parent[start : self.count] = atoms
-        return atoms
+        self._parent[begun:size] = self._every[begun:]
 
     def _conjunction(self, first: Vector, second: Vector) -> Vector:
         """Elementwise `first and second`; FIXED is neutral."""
@@ -272,6 +298,7 @@ class Atoms:
             first, second = first[differ], second[differ]
             low, high = np.minimum(first, second), np.maximum(first, second)
             self._parent[high] = low  # of several writes one wins; the others are made in the next round
+            self._marked[high] = True
             pinned = self._pin[high] > 0
             if pinned.any():
                 high = high[pinned]
@@ -286,6 +313,7 @@ class Atoms:
         for index in np.unique(pins[pins > 0]):
             self.pin(products[pins == index], self.reasons[index])
         self._parent[literals] = self.find(products)
+        self._marked[literals] = True
 
     def _unify_products(self, first: Vector, second: Vector, reason: Reason, whole: bool) -> None:
         """Unify where at least one side may hold products."""
@@ -347,6 +375,11 @@ class Atoms:
             for cut in wanted:
                 if cut not in have and all(cut % h == 0 or h % cut == 0 for h in have):
                     self.split(one, size // cut, cut)
+
+
+def movable(vector: Vector) -> bool:
+    """Is any position not FIXED? (`any` takes three times as long on short vectors.)"""
+    return bool(np.count_nonzero(vector))
 
 
 def _cuts(slots: Vector) -> list[int] | None:
