@@ -12,7 +12,7 @@ import torch
 
 from .backends.onnx.lower import lower
 from .backends.targets import load_target
-from .compilation.placing import runs_here
+from .compilation.placing import runs_here, without_vnni
 from .compilation.settings import Progress, Settings, Stages, quantizes, trains
 from .compilation.steps import FLOAT_PIPELINE, compile_program, latency_clock
 from .errors import DataError, OptionError
@@ -267,9 +267,10 @@ def _check_tuning(settings: Settings, seconds: float) -> None:
             hint="tune the recipe int8, then give the keep_float that its report states to qat",
         )
     if settings.tune and not runs_here(settings.target):
+        why = without_vnni(settings.target) or f"its models run elsewhere ({settings.target.run})"
         raise OptionError(
-            f"tune has no effect on target {settings.target.name}, whose models run elsewhere ({settings.target.run})",
-            hint="leave it out: a measurement here says nothing about that runtime",
+            f"tune has no effect on target {settings.target.name}: {why}",
+            hint="leave it out: a measurement here says nothing about it",
         )
 
 

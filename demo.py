@@ -20,6 +20,7 @@ from .frontend.capture import capture
 from .passes.prune.planning import plan_pruning
 from .runtime.artifact import Artifact, check_output
 from .runtime.evaluate import Top1
+from .runtime.processor import native_target
 from .training.distill import Distillation
 from .training.loop import finetune
 from .training.matching import matched_values
@@ -104,6 +105,7 @@ def _run(output: Path, digits: Digits, seed: int, threads: int, progress: Progre
     return compile(
         pruned,
         calibration=digits.inputs[:CALIBRATION].split(32),
+        target=native_target(),
         evaluate=Top1([(digits.held_out_inputs, digits.held_out_labels)]),
         max_drop=0.01,
         reference=reference,

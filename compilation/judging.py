@@ -15,6 +15,7 @@ from ..frontend.cost import count_macs, op_name
 from ..frontend.program import Program, module_path
 from ..frontend.sqnr import Sqnr
 from ..passes.quantize.reasons import stated_reasons
+from ..passes.quantize.spec import Target
 from ..runtime import layers
 from ..runtime.dynamic_layers import check_dynamic, dynamic_nodes
 from ..runtime.feed import example_tensors, examples, leaves, take
@@ -22,6 +23,7 @@ from ..runtime.layers import LayerParity, LayerRow
 from ..runtime.report.build import Promise
 from ..runtime.session import Session
 from ..runtime.verify import Parity
+from .placing import without_vnni
 from .settings import Compiled, Settings
 
 _JUDGED_EXAMPLES = 8
@@ -108,8 +110,8 @@ def reference_promise(parity: Parity) -> Promise:
     return Promise("reference", parity.kept, detail)
 
 
-def parity_promise(compiled: Compiled, parity: Parity, layers: LayerParity | None) -> Promise:
-    """ONNX Runtime computes what the Program computes."""
+def parity_promise(parity: Parity, layers: LayerParity | None, target: Target) -> Promise:
+    """ONNX Runtime computes what the Program computes. `layers` None: nothing is quantized."""
     sizes = ", ".join(map(str, parity.batches))
     if layers is None:
         kept = parity.kept
@@ -120,4 +122,6 @@ def parity_promise(compiled: Compiled, parity: Parity, layers: LayerParity | Non
         f"each layer, fed the same inputs, differs by at most {layers.max_steps:g} quantization step(s) between "
         f"PyTorch and ONNX Runtime; run at batches {sizes}"
     )
+    if note := without_vnni(target):
+        detail += f"; {note}"
     return Promise("parity", layers.kept, detail)

@@ -25,6 +25,7 @@ from ..runtime.benchmark import Timing, compare_on_example
 from ..runtime.latency import cache_folder
 from ..runtime.model_file import ModelFile
 from ..runtime.placement_trials import placed
+from ..runtime.processor import native_target, saturates
 from ..runtime.report.build import Promise
 from ..runtime.session import Session, make_session
 from ..runtime.tuning import Trial, Tuning, tune
@@ -126,6 +127,21 @@ class Placing:
 
 def runs_here(target: Target) -> bool:
     """Do models for the target run in ONNX Runtime on this machine, so that what is measured says something?"""
+    return _meant_for_here(target) and not without_vnni(target)
+
+
+def without_vnni(target: Target) -> str:
+    """What to know of a target for processors with VNNI on one that has none; "" elsewhere."""
+    if not (_meant_for_here(target) and target.may_saturate and saturates()):
+        return ""
+    return (
+        f"this processor has no VNNI, which {target.name} is for: numbers are verified by ONNX Runtime's exact kernels "
+        "(session option session.x64quantprecision = 1; without it 8-bit products saturate here), and speed here says "
+        f"nothing about {target.name}; for processors like this one compile for {native_target()}"
+    )
+
+
+def _meant_for_here(target: Target) -> bool:
     return target.runtime == "onnxruntime" and target.run.startswith(_HERE)
 
 

@@ -116,7 +116,7 @@ def compile_program(
         compressed=compressed_sizes(compiled.plan or plan, float_model, model),
         promises=[
             reference_promise(reference_parity),
-            parity_promise(compiled, parity, layer_parity),
+            parity_promise(parity, layer_parity, settings.target),
             *(elsewhere.promises if elsewhere else []),
             *([speed_promise(timed)] if placing.promised else []),
             *drop_promise(metrics, settings.max_drop),

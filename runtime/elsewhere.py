@@ -18,6 +18,7 @@ from ..frontend.program import Program
 from ..passes.quantize.reasons import stated_reasons
 from ..passes.quantize.spec import Target
 from .openvino import is_installed, judge_in_openvino
+from .processor import saturates
 from .report.build import Promise
 
 
@@ -44,11 +45,20 @@ def judge_elsewhere(
     detail = "; ".join(faults[:3]) or f"the file has the form that {target.name} asks for"
     form = Promise("structure", not faults, detail)
     found = Elsewhere(stored_coverage(model, stated_reasons(program)), [form])
-    if target.runtime == "openvino" and is_installed():
+    missing = _why_not_in_openvino(target) if target.runtime == "openvino" else ""
+    if target.runtime == "openvino" and not missing:
         return _in_openvino(found, program, float_model, model, inputs)
-    missing = " (install fxpress[openvino] to verify it there)" if target.runtime == "openvino" else ""
     note = f"not run on {target.name} here{missing}: form and numbers are checked, speed is not"
     return replace(found, promises=[replace(form, detail=f"{detail}; {note}")], notes=[note])
+
+
+def _why_not_in_openvino(target: Target) -> str:
+    """Why a model is not run there, "" where it is. Without VNNI, OpenVINO's products saturate as ONNX Runtime's do."""
+    if not is_installed():
+        return " (install fxpress[openvino] to verify it there)"
+    if target.may_saturate and saturates():
+        return " (this processor has no VNNI, without which OpenVINO's 8-bit products saturate)"
+    return ""
 
 
 def _in_openvino(

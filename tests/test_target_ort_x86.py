@@ -17,6 +17,7 @@ from fxpress.errors import OptionError
 from fxpress.passes.base import Context
 from fxpress.passes.manager import PassManager
 from fxpress.runtime.layers import check_layers
+from fxpress.runtime.session import make_session
 
 TARGET = load_target("ort-x86")
 PIPELINE = "cleanup,fuse-batchnorm,canonicalize,quantize"
@@ -364,17 +365,13 @@ def test_conv_1d_and_3d(dims):
 @pytest.mark.parametrize("name", [*INTEGER, *MOVES, *FLOAT])
 def test_simulation_and_runtime_agree_within_a_step_per_layer(name):
     """End to end on these small nets: at most a few steps of the output's own quantization, mostly none."""
-    import onnxruntime as ort
-
     module = {**INTEGER, **MOVES, **FLOAT}[name][0]
     quantized, model = compiled(module)
-    options = ort.SessionOptions()
-    options.log_severity_level = 3
-    session = ort.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])
+    session = make_session(model)
     for batch in (1, 2, 5):
         x = torch.randn(batch, 8, 12, 12)
         want = quantized(x).detach().numpy()
-        (got,) = session.run(None, {session.get_inputs()[0].name: x.numpy()})
+        (got,) = session.run(x.numpy())
         scale = float(np.abs(want).max())
         assert np.abs(got - want).max() <= 0.03 * scale
         assert np.abs(got - want).mean() <= 0.003 * scale

@@ -70,7 +70,7 @@ def _layer(
         ordered = [in_gate_order(LSTM_GATES, w) for w in weights[part::2]]
         inputs.append(g.constant(torch.stack([w.t() for w in ordered]).contiguous()))
         scale = torch.stack([in_gate_order(LSTM_GATES, s) for s in scales[part::2]])
-        quantities += [g.constant(scale), g.constant(torch.zeros(scale.shape, dtype=torch.int8))]
+        quantities += [g.constant(scale), g.initializer("zero", torch.zeros(scale.shape, dtype=torch.int8))]
     bias = None
     if biases:
         both = [torch.cat([in_gate_order(LSTM_GATES, b) for b in biases[2 * d : 2 * d + 2]]) for d in range(directions)]

@@ -24,15 +24,22 @@ def quantize(g: Emitter, x: Operand, scale: float, zero_point: int, dtype: torch
 def dequantize(g: Emitter, q: Operand, scale: float, zero_point: int) -> Value:
     """DequantizeLinear, one scale."""
     _check(g, q)
-    return g.op("DequantizeLinear", q, g.scalar(scale, torch.float32), g.scalar(zero_point, q.dtype))
+    zero = torch.tensor(zero_point, dtype=q.dtype)
+    return g.op("DequantizeLinear", q, g.scalar(scale, torch.float32), _zero_points(g, q, zero))
 
 
 @row("fxpress.dequantize_channel.default")
 def dequantize_channel(g: Emitter, q: Operand, scale: Operand, axis: int) -> Value:
     """DequantizeLinear with one scale per index of `axis`, zero point 0."""
     _check(g, q)
-    zero_points = g.constant(torch.zeros(tuple(scale.form.shape), dtype=q.dtype))
-    return g.op("DequantizeLinear", q, scale, zero_points, axis=positive(axis, q.rank))
+    zeros = torch.zeros(tuple(scale.form.shape), dtype=q.dtype)
+    return g.op("DequantizeLinear", q, scale, _zero_points(g, q, zeros), axis=positive(axis, q.rank))
+
+
+def _zero_points(g: Emitter, q: Operand, zeros: torch.Tensor) -> Value:
+    """Each weight has its own: ONNX Runtime (1.31) refuses files in which two weights that it makes unsigned share one,
+    as it does without VNNI where its option `session.x64quantprecision` is set."""
+    return g.initializer("zero", zeros) if q.contents is not None and q.dtype == torch.int8 else g.constant(zeros)
 
 
 def _check(g: Emitter, q: Operand) -> None:

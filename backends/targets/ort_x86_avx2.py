@@ -19,5 +19,5 @@ TARGET = dataclasses.replace(
     name="ort-x86-avx2",
     summary="ONNX Runtime, CPU, x86 without VNNI: uint8 activations, 7-bit weights per channel, which cannot saturate",
     weight=NumberFormat(torch.int8, symmetric=True, per_channel=True, bits=7),
-    run="ONNX Runtime, here (on a processor with VNNI; that nothing saturates without it is shown by arithmetic)",
+    run="ONNX Runtime, here, with and without VNNI",
 )

@@ -198,6 +198,12 @@ class Target:
     run: str = "ONNX Runtime, here"
     session: tuple[tuple[str, str], ...] = ()
 
+    @property
+    def may_saturate(self) -> bool:
+        """Can the sum of two products be too large for int16, in which x86 without VNNI adds them up?"""
+        low, high = self.weight.limits
+        return 2 * _LARGEST_BYTE * max(-low, high) > _LARGEST_INT16
+
     def absorbing(self, op: str) -> bool:
         """Does an activation function vanish into the integer op before it, or into the quantization after that?
 
@@ -258,4 +264,5 @@ class Target:
         return target
 
 
+_LARGEST_BYTE, _LARGEST_INT16 = 255, 32767
 _OTHER_TARGET = "a target whose table has a row for it"

@@ -1,0 +1,102 @@
+"""Processors with and without VNNI: right numbers on both, and a word about it where they cost speed."""
+
+from __future__ import annotations
+
+import numpy as np
+import onnxruntime
+import pytest
+import torch
+from torch import nn
+
+import fxpress
+from fxpress.backends.onnx.lower import lower
+from fxpress.backends.targets import load_target, target_names
+from fxpress.compilation import placing
+from fxpress.errors import OptionError
+from fxpress.runtime import processor
+from fxpress.runtime.layers import check_layers
+from fxpress.runtime.session import make_session
+
+
+class Loud(nn.Module):
+    """Two layers of one width, whose weights and inputs are all at the end of their range: pairs are 2 * 255 * 127."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = (nn.Conv2d(16, 16, 1, bias=False) for _ in range(2))
+        self.last = nn.Linear(16, 16)
+        for layer in (self.first, self.second, self.last):
+            nn.init.constant_(layer.weight, 0.1)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """[n, 16, 4, 4] in [0, 1] -> [n, 16]."""
+        return self.last(torch.relu(self.second(torch.relu(self.first(x)))).mean((2, 3)))
+
+
+@pytest.fixture
+def loud():
+    x = torch.linspace(0, 1, 4 * 16 * 4 * 4).reshape(4, 16, 4, 4)
+    return fxpress.capture(Loud(), (x,)), x
+
+
+@pytest.mark.parametrize("target", ["ort-x86", "ort-x86-avx2", "ort-arm"])
+def test_the_largest_products_are_exact_on_any_processor(loud, target):
+    program, x = loud
+    quantized = fxpress.quantize(program, (x,), target=target)
+    parity = check_layers(quantized, (x,))
+    assert parity.max_steps <= (1 if target == "ort-arm" else 0)
+
+
+def test_the_probe_agrees_with_a_model(loud):
+    """Where it says that products saturate, a model of eight bits is wrong with the runtime's own options, else right."""
+    program, x = loud
+    model = lower(fxpress.quantize(program, (x,)))
+    plain = onnxruntime.InferenceSession(model.SerializeToString(), providers=["CPUExecutionProvider"])
+    (found,) = plain.run(None, {plain.get_inputs()[0].name: x.numpy()})
+    (exact,) = make_session(model).run(x.numpy())
+    assert bool(np.abs(found - exact).max() > 0.1 * np.abs(exact).max()) == processor.saturates()
+
+
+def test_no_two_weights_share_a_zero_point(loud):
+    """ONNX Runtime refuses such files where it makes weights unsigned, which it does without VNNI."""
+    program, x = loud
+    graph = lower(fxpress.quantize(program, (x,))).graph
+    stored = {t.name for t in graph.initializer}
+    zero_points = [n.input[2] for n in graph.node if n.op_type == "DequantizeLinear" and n.input[0] in stored]
+    weights = [z for z in zero_points if next(t for t in graph.initializer if t.name == z).data_type == 3]
+    assert len(weights) == len(set(weights)) == 3
+
+
+@pytest.mark.parametrize(("saturating", "name"), [(True, "ort-x86-avx2"), (False, "ort-x86")])
+def test_the_native_target(monkeypatch, saturating, name):
+    monkeypatch.setattr(processor, "saturates", lambda: saturating)
+    monkeypatch.setattr(processor.platform, "machine", lambda: "x86_64")
+    assert processor.native_target() == name
+    monkeypatch.setattr(processor.platform, "machine", lambda: "aarch64")
+    assert processor.native_target() == "ort-arm"
+
+
+@pytest.mark.parametrize("name", target_names())
+def test_only_weights_of_seven_bits_are_safe(name):
+    assert load_target(name).may_saturate == (name != "ort-x86-avx2")
+
+
+@pytest.mark.parametrize("saturating", [True, False])
+def test_a_report_says_where_the_processor_is_another(monkeypatch, loud, saturating):
+    """The speed of a model for VNNI is not judged without it, its numbers are, and the report says why."""
+    program, x = loud
+    monkeypatch.setattr(placing, "saturates", lambda: saturating)
+    report = fxpress.compile(program, calibration=(x,)).report
+    promises = {p["name"]: p for p in report["promises"]}
+    assert promises["parity"]["kept"]
+    assert ("no VNNI" in promises["parity"]["detail"]) == saturating
+    assert ("not-slower" in promises) != saturating
+    for target in ("ort-x86-avx2", "ort-arm"):
+        assert placing.without_vnni(load_target(target)) == ""
+
+
+def test_tuning_for_another_processor_is_refused(monkeypatch, loud):
+    program, x = loud
+    monkeypatch.setattr(placing, "saturates", lambda: True)
+    with pytest.raises(OptionError, match="this processor has no VNNI"):
+        fxpress.compile(program, calibration=(x,), tune=True)
