@@ -13,7 +13,7 @@ import torch
 from .backends.onnx.lower import lower
 from .backends.targets import load_target
 from .compilation.placing import runs_here, without_vnni
-from .compilation.settings import Progress, Settings, Stages, quantizes, trains
+from .compilation.settings import Progress, Settings, Stages, quantizes, reads_labels, trains
 from .compilation.steps import FLOAT_PIPELINE, compile_program, latency_clock
 from .errors import DataError, OptionError
 from .frontend.batches import Batches, as_batches
@@ -73,7 +73,8 @@ def compile(
     `args` are example inputs, batch first (not for a Program, which has its own). `calibration` is any iterable of
     batches that can be read again: tensors, tuples or dicts of inputs; labels in them are ignored. `prune` is the share
     of MACs to keep (0.5), or options as text ("params=0.6,importance=l1"). `recipe` is a name or a TOML file,
-    `pipeline` replaces it. `training` are labelled data for recipes that train (all that `fxpress.train` takes).
+    `pipeline` replaces it. `training` are data for recipes that train, all that `fxpress.train` takes,
+    with labels where the recipe reads them.
     `evaluate(run) -> float` judges PyTorch and ONNX Runtime alike; `max_drop` ("1%", 0.01) is
     how far it may fall: if it falls further, other rules for ranges and weights are tried, then the fewest MACs are
     left in float that keep the allowance (`search_seconds`, `search_trials`: for so long at most; the trials are
@@ -204,9 +205,12 @@ def _checked_calibration(program: Program, calibration: Iterable[Any] | None, st
 
 
 def _check_training(settings: Settings) -> None:
-    """Passes that train need labelled data, and others have no use for them."""
+    """Passes that train need data, with labels where they read them, and others have no use for them."""
+    kind, given = ("labelled data", "(inputs, labels)") if reads_labels(settings.passes) else ("data", "inputs")
     if trains(settings.passes) and settings.training is None:
-        raise DataError("the recipe trains on labelled data", hint="give training=(inputs, labels) (--train-data DATA)")
+        raise DataError(f"the recipe trains on {kind}", hint=f"give training={given} (--train-data DATA)")
+    if getattr(settings.training, "labelled", None) is False and reads_labels(settings.passes):
+        raise DataError(f"{settings.training.name} has no labels, and the recipe reads them", hint="give labelled data")
     if settings.training is not None and not trains(settings.passes):
         raise OptionError(
             "training data have no effect: nothing in the pipeline trains",

@@ -73,7 +73,7 @@ def compile_(
         str | None, typer.Option("--eval", metavar="DATA", help="labelled data to judge float and compiled on")
     ] = None,
     train_data: Annotated[
-        str | None, typer.Option("--train-data", metavar="DATA", help="labelled data, for recipes that train")
+        str | None, typer.Option("--train-data", metavar="DATA", help="data for recipes that train (labels where read)")
     ] = None,
     weights: Weights = None,
     input_size: InputSize = None,

@@ -74,7 +74,7 @@ def compile_model(request: Request, as_json: bool) -> int:
             prune=request.prune,
             recipe=request.recipe or DEFAULT,
             pipeline=request.pipeline,
-            training=resolve_labelled(request.train_data, loading, "--train-data"),
+            training=resolve_data(request.train_data, loading),
             evaluate=Top1(judged) if judged is not None else None,
             max_drop=request.max_drop,
             search_seconds=request.search_seconds,
@@ -143,17 +143,15 @@ def resolve_data(text: str | None, loading: Loading) -> Data | None:
 
 def resolve_judge(request: Request, loading: Loading) -> Data | None:
     """The labelled data of --eval."""
-    judged = resolve_labelled(request.eval_data, loading, "--eval")
+    judged = _labelled(resolve_data(request.eval_data, loading))
     if judged is not None and request.eval_data == request.data:
         warn("--data and --eval are the same: the metric is judged on what calibrated the model")
     return judged
 
 
-def resolve_labelled(text: str | None, loading: Loading, option: str) -> Data | None:
-    """DATA that must have labels."""
-    data = resolve_data(text, loading)
+def _labelled(data: Data | None) -> Data | None:
     if data is not None and data.labelled is False:
-        raise OptionError(f"{data.name} has no labels, so {option} has no effect", hint="give labelled data")
+        raise OptionError(f"{data.name} has no labels, so --eval has no effect", hint="give labelled data")
     return data
 
 

@@ -92,8 +92,13 @@ def first_quantizer(passes: Sequence[Pass]) -> int:
 
 
 def trains(passes: Sequence[Pass]) -> bool:
-    """Does a pipeline train on labelled data?"""
+    """Does a pipeline train on data?"""
     return any(p.name in TRAINERS for p in passes)
+
+
+def reads_labels(passes: Sequence[Pass]) -> bool:
+    """Does a pipeline train on what the labels of its data say?"""
+    return any(getattr(p, "reads_labels", False) for p in passes)
 
 
 def quantizes(passes: Sequence[Pass]) -> bool:

@@ -18,6 +18,7 @@ from torch.utils import _pytree as pytree
 from ..errors import DataError
 from .program import Program, TensorInfo, dtype_name
 
+NO_LABEL = -100  # the class number that PyTorch's losses ignore
 LABEL_NAMES = ("label", "labels", "y", "target", "targets")
 # A one-shot iterator is kept in memory up to this size, since calibration and verification read the data again.
 _KEEP_MB = 512.0
@@ -49,12 +50,15 @@ class Batches:
             raise DataError("the data hold no examples", hint="give at least one batch")
         self.count = count
 
-    def labelled(self) -> Iterator[tuple[tuple[torch.Tensor, ...], torch.Tensor]]:
-        """The checked batches, each with its labels: the one leaf more than the program has inputs."""
+    def labelled(self, needed: bool = True) -> Iterator[tuple[tuple[torch.Tensor, ...], torch.Tensor]]:
+        """The checked batches, each with its labels: the one leaf more than the program has inputs.
+
+        Where there are none, and they are not `needed`, they are NO_LABEL.
+        """
         for index, item in enumerate(self.source()):
             batch = flat_inputs(self.program.inputs, item)
             check_batch(self.program.inputs, batch, index)
-            labels = _labels(self.program.inputs, item)
+            labels = _labels(self.program.inputs, item, None if needed else examples_in(batch))
             if labels.ndim and len(labels) != examples_in(batch):
                 raise DataError(
                     f"batch {index} of the data holds {examples_in(batch)} examples and {len(labels)} labels",
@@ -96,11 +100,14 @@ def flat_inputs(infos: tuple[TensorInfo, ...], item: Any) -> tuple[torch.Tensor,
     return tuple(_as_tensor(x, i) for x, i in zip(leaves, infos))
 
 
-def _labels(infos: tuple[TensorInfo, ...], item: Any) -> torch.Tensor:
+def _labels(infos: tuple[TensorInfo, ...], item: Any, unlabelled: int | None) -> torch.Tensor:
+    """The labels of a batch; where it has none, and `unlabelled` says how many examples it holds, as many NO_LABEL."""
     if isinstance(item, Mapping):
         given = [item[n] for n in LABEL_NAMES if n in item]
     else:
         given = [x for x in pytree.tree_leaves(item) if x is not None][len(infos) :]
+    if not given and unlabelled is not None:
+        return torch.full((unlabelled,), NO_LABEL)
     if len(given) != 1:
         raise DataError(
             "a batch holds no labels",

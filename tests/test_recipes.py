@@ -104,6 +104,12 @@ def test_on_the_command_line(digits, tmp_path, capsys):
     assert exit_code([*command, "--train-data", data]) == 0
     assert (tmp_path / "out" / "model.onnx").is_file()
     capsys.readouterr()
+    np.savez(tmp_path / "unlabelled.npz", images=digits.inputs[:64].numpy())
+    bare = ["--train-data", str(tmp_path / "unlabelled.npz")]
+    assert exit_code([*command[:-4], "-o", str(tmp_path / "two"), "--recipe", "int8-qat", *bare]) == 0
+    capsys.readouterr()
+    assert exit_code([*command[:-4], "-o", str(tmp_path / "three"), "--pipeline", "cleanup,finetune", *bare]) == 1
+    assert "has no labels" in capsys.readouterr().err
     assert exit_code([*command[:-2], "--recipe", "int8", "--train-data", data]) == 1
     assert "training data have no effect" in capsys.readouterr().err
 
@@ -127,7 +133,7 @@ def test_distil_brings_back_what_pruning_cost(digits, program):
 @pytest.mark.parametrize(
     ("pipeline", "training", "error", "message"),
     [
-        ("finetune", False, DataError, "needs labelled data"),
+        ("finetune", False, DataError, "training needs data"),
         ("distil", True, OptionError, "no teacher"),
         ("cleanup,prune{macs=0.8},distil{soft=0}", True, OptionError, "plain training"),
         ("cleanup,prune{macs=0.8},distil{features=stam}", True, OptionError, "'stam'"),
@@ -153,6 +159,24 @@ def test_the_zeros_of_a_sparse_plan_stay(digits, program, last):
     assert (after[before == 0] == 0).all()
 
 
-def test_recipes_that_train_need_labelled_data(digits, program):
-    with pytest.raises(DataError, match="labelled data"):
-        fxpress.compile(program, calibration=digits.inputs[:64].split(32), recipe="int8-qat")
+@pytest.mark.parametrize(("recipe", "kind"), [("recipe", "labelled data"), ("int8-qat", "trains on data")])
+def test_recipes_that_train_need_data(digits, program, recipe, kind):
+    made = {"pipeline": "cleanup,finetune"} if recipe == "recipe" else {"recipe": recipe}
+    with pytest.raises(DataError, match=kind):
+        fxpress.compile(program, calibration=digits.inputs[:64].split(32), **made)
+
+
+def test_recipes_that_read_no_labels_need_none(digits, program):
+    calibration = digits.inputs[:64].split(32)
+    made = [
+        fxpress.compile(program, calibration=calibration, training=training, recipe="prune-distil-int8").report
+        for training in (calibration, (digits.inputs[:64], digits.labels[:64]))
+    ]
+    assert made[0]["layers"] == made[1]["layers"]
+
+
+def test_labels_that_are_read_are_missed(digits, program):
+    with pytest.raises(DataError, match="holds no labels"):
+        run(program, "finetune", list(digits.inputs[:64].split(32)))
+    with pytest.raises(DataError, match="holds no labels"):
+        run(program, "cleanup,prune{macs=0.8},distil{labels=0,hold_out=0.1}", list(digits.inputs[:64].split(32)))

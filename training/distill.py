@@ -58,6 +58,11 @@ class Distillation(nn.Module):
         self._teacher = _Teacher(student, teacher, [t for term in terms for _, t in term.pairs])
         self.adapters = self._make_adapters(student, seed)
 
+    @property
+    def reads_labels(self) -> bool:
+        """Are the labels of the data looked at?"""
+        return bool(self.label_weight)
+
     def forward(self, program: Program, batch: Batch) -> torch.Tensor:
         """The loss of one batch."""
         student, teacher = self._student(program, batch.inputs), self._teacher(batch.inputs)

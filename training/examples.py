@@ -111,6 +111,7 @@ class Indexed:
     batch_size: int
     seed: int
     workers: int = 0
+    labelled: bool = True
 
     @property
     def steps(self) -> int:
@@ -122,7 +123,7 @@ class Indexed:
         for rows, own in zip(whole, mine):
             _require_some(len(own), len(rows), part)
         loader = DataLoader(self.dataset, batch_sampler=[r.tolist() for r in mine], num_workers=self.workers)
-        checked = Batches(self.program, lambda: loader).labelled()
+        checked = Batches(self.program, lambda: loader).labelled(self.labelled)
         for (inputs, labels), rows, own in zip(checked, whole, mine, strict=True):
             yield Slot(inputs, labels, _weight(own, rows, part), len(rows))
 
@@ -137,6 +138,7 @@ class Streamed:
 
     data: Batches
     seed: int
+    labelled: bool = True
 
     @cached_property
     def steps(self) -> int:
@@ -155,7 +157,7 @@ class Streamed:
             yield Slot(own, labels[rows], len(mine) * part.count / size, size)
 
     def _seeded(self, epoch: int) -> Iterator[tuple[Inputs, torch.Tensor]]:
-        batches = self.data.labelled()
+        batches = self.data.labelled(self.labelled)
         for index in itertools.count():
             seed_all(self.seed, "data", epoch, index)
             batch = next(batches, None)
@@ -170,8 +172,11 @@ def drawn(count: int, steps: int, seed: int, epoch: int) -> list[torch.Tensor]:
     return list(order.tensor_split(steps))
 
 
-def as_examples(program: Program, data: Any, batch_size: int, seed: int, workers: int = 0) -> Held | Indexed | Streamed:
-    """Labelled data in the form in which it is trained on. Raises DataError where they do not fit or have no labels.
+def as_examples(
+    program: Program, data: Any, batch_size: int, seed: int, workers: int = 0, labelled: bool = True
+) -> Held | Indexed | Streamed:
+    """Data in the form in which they are trained on. Raises DataError where they do not fit, or are not `labelled` and
+    have to be.
 
     A tuple (inputs..., labels) of tensors or arrays, a list of labelled batches, and pictures or arrays opened by name
     are held in memory (up to 2 GB) and drawn at random. A map-style `Dataset` of single examples is read by
@@ -181,20 +186,20 @@ def as_examples(program: Program, data: Any, batch_size: int, seed: int, workers
     if isinstance(data, Dataset) and hasattr(data, "__len__"):
         if len(cast(Sized, data)) == 0:
             raise DataError("the dataset is empty", hint="give at least one example")
-        return Indexed(program, data, batch_size, seed, workers)
+        return Indexed(program, data, batch_size, seed, workers, labelled)
     if workers:
         raise OptionError("workers have no effect on these data", hint="give a torch Dataset of single examples")
-    whole = _one_set(program, data)
+    whole = _one_set(program, data, labelled)
     batches = as_batches(program, whole or data)
-    finite = isinstance(batches.source(), list) or (isinstance(data, Data) and data.count is not None)
-    held = hold(batches, batch_size, seed) if finite and has_dynamic_batch(program) else None
-    return held or Streamed(batches, seed)
+    finite = isinstance(batches.source(), (list, tuple)) or (isinstance(data, Data) and data.count is not None)
+    held = hold(batches, batch_size, seed, labelled) if finite and has_dynamic_batch(program) else None
+    return held or Streamed(batches, seed, labelled)
 
 
-def hold(batches: Batches, batch_size: int, seed: int) -> Held | None:
+def hold(batches: Batches, batch_size: int, seed: int, labelled: bool = True) -> Held | None:
     """All examples in memory, or None where they take more than 2 GB."""
     parts, total = [], 0
-    for inputs, labels in batches.labelled():
+    for inputs, labels in batches.labelled(labelled):
         parts.append((*inputs, labels))
         total += sum(t.nbytes for t in parts[-1])
         if total > _HELD_BYTES or not all(t.ndim for t in parts[-1]):
@@ -203,9 +208,14 @@ def hold(batches: Batches, batch_size: int, seed: int) -> Held | None:
     return Held(tuple(tensors), labels, batch_size, seed)
 
 
-def _one_set(program: Program, data: Any) -> list[tuple[Any, ...]] | None:
-    """`data` as one batch, if they are a tuple (inputs..., labels) of all examples."""
+def _one_set(program: Program, data: Any, labelled: bool) -> list[tuple[Any, ...]] | None:
+    """`data` as one batch, if they are a tuple (inputs..., labels) of all examples.
+
+    Two tensors of one form are two batches where no labels are wanted (`images.split(100)` is a tuple).
+    """
     if not isinstance(data, tuple) or len(data) != len(program.inputs) + 1:
+        return None
+    if not labelled and len({(tuple(np.shape(t)), str(getattr(t, "dtype", ""))) for t in data}) == 1:
         return None
     arrays = all(isinstance(t, (torch.Tensor, np.ndarray)) and t.ndim for t in data)
     return [data] if arrays and len({len(t) for t in data}) == 1 else None

@@ -33,7 +33,7 @@ from ..runtime.feed import leaves
 from .checkpoint import CheckpointFolder, EpochRecord, digest
 from .engine import Engine, Step, make_engine, move
 from .examples import Augment, Examples, Held, as_examples
-from .objectives import Batch, CrossEntropy, Objective
+from .objectives import Batch, CrossEntropy, Objective, reads_labels
 from .options import TrainingOptions
 from .parameters import only, trainable
 from .run import Hooks, Progress, Run, Saving
@@ -82,9 +82,10 @@ def train(
     """Train a copy of `program` and say what each epoch came to.
 
     `data`: (inputs..., labels), a list of labelled batches, a torch `Dataset` (read with `workers` processes) or
-    anything that streams batches (`training.examples.as_examples`). `objective(program, batch)` is the loss, by default
-    cross entropy. `evaluate(run)` judges each epoch, higher is better. `augment(inputs, generator)` varies the inputs
-    of a step; "flip-shift" mirrors pictures and moves them by up to an eighth of their size.
+    anything that streams batches (`training.examples.as_examples`); without labels where the objective reads none.
+    `objective(program, batch)` is the loss, by default cross entropy. `evaluate(run)` judges each epoch, higher is
+    better. `augment(inputs, generator)` varies the inputs of a step; "flip-shift" mirrors pictures and moves them by up
+    to an eighth of their size.
     `on_epoch(program, number)` is called before each epoch, from 0, and before the rest of one that is resumed; it may
     switch what the program does, by the number alone.
 
@@ -98,7 +99,8 @@ def train(
     options = options or TrainingOptions()
     _check_choices(options, objective, evaluate, checkpoint, checkpoint_every)
     augment = _augmentation(augment, objective)
-    whole = as_examples(program, data, options.batch_size, options.seed, workers)
+    labelled = reads_labels(objective) or bool(options.hold_out)
+    whole = as_examples(program, data, options.batch_size, options.seed, workers, labelled)
     examples, held_out = _hold_out(whole, options.hold_out)
     engine = make_engine(options)
     copy, objective = program.copy(), objective or CrossEntropy(options.label_smoothing)

@@ -2,7 +2,8 @@
 
 An objective returns a scalar, the mean over the examples of the batch. It may depend on the batch, with its place in
 the training, and on nothing that an earlier call left behind, or a resumed run would differ. One with weights of its
-own (adapters, say) is an `nn.Module`: they are trained and kept in checkpoints beside those of the program.
+own (adapters, say) is an `nn.Module`: they are trained and kept in checkpoints beside those of the program. One that
+says `reads_labels = False` is trained with on data without labels, too.
 """
 
 from __future__ import annotations
@@ -31,6 +32,11 @@ class Batch(NamedTuple):
 
 
 Objective = Callable[[Program, Batch], torch.Tensor]
+
+
+def reads_labels(objective: Objective | None) -> bool:
+    """Does an objective need labelled data? Cross entropy (None), and all that do not say otherwise, do."""
+    return bool(getattr(objective, "reads_labels", True))
 
 
 def call(program: Program, inputs: tuple[torch.Tensor, ...]) -> Any:

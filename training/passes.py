@@ -2,7 +2,7 @@
 
     cleanup,prune{macs=0.5},distil{epochs=3},canonicalize,fuse-batchnorm{keep=true},qat{epochs=1,soft=0.9,labels=0.1}
 
-They read labelled data from the context (`--train-data`, or `training=` from Python). The teacher is the program that
+They read training data from the context (`--train-data`, or `training=` from Python). The teacher is the program that
 pruning began with; `qat` without pruning before it learns from the float program that it quantizes.
 """
 
@@ -33,7 +33,7 @@ Augmentation = Literal["none", "flip-shift", "flip-shift-cutmix"]
 
 @dataclass(frozen=True)
 class Training(Pass):
-    """What all training passes have in common: how the weights are trained on the context's labelled data."""
+    """What all training passes have in common: how the weights are trained on the context's training data."""
 
     epochs: int = 1
     learning_rate: float = 0.01
@@ -45,6 +45,11 @@ class Training(Pass):
     hold_out: float = 0.0
 
     preserves = frozenset({INTERFACE})
+
+    @property
+    def reads_labels(self) -> bool:
+        """Must the data have labels?"""
+        return True
 
     def options(self, context: Context) -> TrainingOptions:
         """These options as the training loop takes them."""
@@ -90,7 +95,7 @@ class Finetune(Training):
 
     def run(self, program: Program, context: Context) -> Change:
         options = TrainingOptions(**{**vars(self.options(context)), "label_smoothing": self.label_smoothing})
-        return _trained(program, train(program, labelled(context), options, **self.choices(context)))
+        return _trained(program, train(program, training_data(context), options, **self.choices(context)))
 
 
 @register_pass
@@ -116,6 +121,10 @@ class Distil(Training):
     attention: tuple[str, ...] = ()
     freeze: bool | None = None
 
+    @property
+    def reads_labels(self) -> bool:
+        return bool(self.labels or self.hold_out)
+
     def run(self, program: Program, context: Context) -> Change:
         teacher = context.results.get(ORIGINAL)
         if not isinstance(teacher, Program):
@@ -129,7 +138,7 @@ class Distil(Training):
         terms += [Attention(_pairs(self.attention))] if self.attention else []
         objective = Distillation(program, teacher, terms, labels=self.labels, seed=context.seed)
         options, choices = self.options(context), self.choices(context, self.labels)
-        return _trained(program, train(program, labelled(context), options, objective=objective, **choices))
+        return _trained(program, train(program, training_data(context), options, objective=objective, **choices))
 
 
 @register_pass
@@ -158,10 +167,14 @@ class QAT(Training):
     learn_scales: bool = True
     learn_zero_points: bool = False
 
+    @property
+    def reads_labels(self) -> bool:
+        return bool(self.labels or self.hold_out)
+
     def run(self, program: Program, context: Context) -> Change:
         if context.target is None:
             raise QuantizationError("quantization needs a target", hint="pass --target, for example ort-x86")
-        data, original = labelled(context), context.results.get(ORIGINAL)
+        data, original = training_data(context), context.results.get(ORIGINAL)
         plan = _plan(context) if isinstance(original, Program) else None
         learns = bool(self.soft or self.match)
         teacher = original if isinstance(original, Program) or not learns else program.copy()
@@ -201,10 +214,10 @@ def _plan(context: Context) -> PruningPlan | None:
     return plan if isinstance(plan, PruningPlan) else None
 
 
-def labelled(context: Context) -> Any:
-    """The context's labelled data. Raises DataError where there are none."""
+def training_data(context: Context) -> Any:
+    """The context's training data. Raises DataError where there are none."""
     if context.training is None:
-        raise DataError("training needs labelled data", hint="pass --train-data, or training=(inputs, labels)")
+        raise DataError("training needs data", hint="pass --train-data, or training=(inputs, labels)")
     return context.training
 
 

@@ -34,7 +34,7 @@ from ..passes.quantize.passes import Annotate, Calibrate, Observe
 from ..passes.rewrite import argument, aten, find
 from .examples import as_examples
 from .loop import Trained, train
-from .objectives import Batch, CrossEntropy, Objective
+from .objectives import Batch, CrossEntropy, Objective, reads_labels
 from .options import SGD, TrainingOptions
 
 DEFAULT_OPTIONS = TrainingOptions(epochs=1, optimizer=SGD(0.01, weight_decay=1e-4))
@@ -95,8 +95,9 @@ def train_simulated(
     simulation = simulation or Simulation()
     norms = bool(_norms(fake))
     if norms and simulation.freeze is not None:
-        steps = options.epochs * as_examples(fake, data, options.batch_size, options.seed).steps
         objective = choices.pop("objective", None)
+        examples = as_examples(fake, data, options.batch_size, options.seed, labelled=reads_labels(objective))
+        steps = options.epochs * examples.steps
         if objective is None:
             objective, options = CrossEntropy(options.label_smoothing), replace(options, label_smoothing=0.0)
         choices["objective"] = FreezeNorms(objective, math.ceil(simulation.freeze * steps))
@@ -115,6 +116,7 @@ class FreezeNorms(nn.Module):
     def __init__(self, objective: Objective, step: int) -> None:
         super().__init__()
         self.objective, self.step = objective, step
+        self.reads_labels = reads_labels(objective)
 
     def forward(self, program: Program, batch: Batch) -> torch.Tensor:
         """The loss of `objective`, the norms frozen before it where the time has come."""

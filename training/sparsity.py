@@ -21,7 +21,7 @@ from ..frontend.program import Program
 from ..passes.prune.groups import find_groups, places
 from ..passes.prune.plan import PruningPlan
 from ..passes.prune.rules.table import analyze
-from .objectives import Batch, CrossEntropy, Objective
+from .objectives import Batch, CrossEntropy, Objective, reads_labels
 from .schedules import require
 
 _SMALLEST = 1e-12  # the slope of a norm is infinite at zero
@@ -44,6 +44,7 @@ class GrowingPenalty:
         require("every", every, every >= 1, "a number of steps")
         require("ceiling", ceiling, ceiling > 0, "a positive number")
         self.objective = objective or CrossEntropy()
+        self.reads_labels = reads_labels(objective)
         self.growth, self.every, self.ceiling = growth, every, ceiling
         self.removed = removed_weights(program, plan)
 
