@@ -45,7 +45,7 @@ def choose_ranges(
     """
     sites = sites_of(program)
     candidates = [s.observer for s in sites.by_key.values() if isinstance(s.observer, Candidates)]
-    ties = tie and any(True for _ in find(program, aten.cat.default))
+    ties = tie and any(annotation(n) is not None for n in find(program, aten.cat.default))
     if not (candidates or ties) or not sites.samples or context.calibration is None:
         return []
     parts = list(_first_samples(program, context.calibration))
