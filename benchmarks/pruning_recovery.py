@@ -35,6 +35,7 @@ import models
 
 import fxpress
 from fxpress.frontend.cost import count_macs
+from fxpress.passes.processor import has_bfloat16
 from fxpress.passes.prune.recovery.reestimate import reestimate_statistics
 
 DATA = Path(__file__).resolve().parents[2] / "shared" / "data"
@@ -193,7 +194,7 @@ def main() -> int:
     parser.add_argument("--epochs", type=int, nargs="+", default=[120])
     parser.add_argument("--steps", type=int, default=1, help="prune and recover in so many steps")
     parser.add_argument("--max-ratio", type=float, help="the largest share that any layer loses")
-    parser.add_argument("--float32", action="store_true", help="train without bfloat16")
+    parser.add_argument("--float32", action="store_true", help="train without bfloat16, where the processor has it")
     parser.add_argument("--networks", nargs="+", default=["resnet20", "resnet32"])
     parser.add_argument("--cuts", nargs="+", type=float, default=list(CUTS))
     options = parser.parse_args()
@@ -201,7 +202,7 @@ def main() -> int:
     rows = []
     for name in options.networks:
         for cut in options.cuts:
-            rows.append(measure(name, cut, options.epochs, options.steps, not options.float32, options.max_ratio))
+            rows.append(measure(name, cut, options.epochs, options.steps, has_bfloat16() and not options.float32, options.max_ratio))
             print(table(rows[-1:]).splitlines()[-1], file=sys.stderr, flush=True)
             if options.json:
                 options.json.write_text(json.dumps([asdict(r) for r in rows], indent=1) + "\n")

@@ -15,6 +15,7 @@ import fxpress
 from fxpress.errors import DataError, OptionError, PruningError
 from fxpress.passes.base import Context
 from fxpress.passes.manager import run_passes
+from fxpress.passes.processor import has_bfloat16
 from fxpress.passes.prune.plan import PruningPlan
 from fxpress.passes.prune.recovery.least_squares import Moments, solve
 from fxpress.passes.prune.recovery.linear_layers import linear_layer
@@ -466,6 +467,9 @@ def test_mistakes_are_named() -> None:
         fxpress.prune_and_recover(program, data, macs=0.5, params=0.5)
     with pytest.raises(OptionError):
         fxpress.prune_and_recover(program, data, macs=0.5, steps=0)
+    if not has_bfloat16():
+        with pytest.raises(OptionError, match="no instructions"):
+            fxpress.recover(pruned, data, reference=program, plan=plan, epochs=1, bfloat16=True)
 
 
 # -- training towards the reference, and steps ---------------------------------------------------------------------

@@ -16,6 +16,7 @@ from torch.fx.node import map_aggregate
 
 from ..errors import OptionError, TrainingError, first_line
 from ..frontend.program import Program
+from ..passes.processor import has_bfloat16
 from .examples import Part
 from .objectives import Batch, Objective
 from .options import Precision, TrainingOptions
@@ -138,13 +139,9 @@ def check_precision(precision: Precision, device: torch.device) -> None:
     if device.type == "cuda":
         able = precision != "bfloat16" or torch.cuda.is_bf16_supported()
     else:
-        able = precision == "float32" or (precision == "bfloat16" and _cpu_has_bfloat16())
+        able = precision == "float32" or (precision == "bfloat16" and has_bfloat16())
     if not able:
         raise OptionError(f"this {device.type} does not compute in {precision}", hint="use precision='float32'")
-
-
-def _cpu_has_bfloat16() -> bool:
-    return bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
 
 
 def move(program: Program, device: torch.device) -> None:

@@ -15,6 +15,7 @@ from ....frontend.batches import Batches, as_batches
 from ....frontend.program import Program, StageRecord
 from ...base import Change, Context, Pass, register_pass
 from ...memory import peak_memory
+from ...processor import has_bfloat16
 from ..passes import ORIGINAL, RESULT
 from ..plan import PruningPlan
 from .pairing import Pair, pair_programs
@@ -127,6 +128,8 @@ class Recover(Pass):
         idle = [name for name, value in given if value]
         if idle and not self.epochs:
             raise OptionError(f"{idle[0]} has no effect without training", hint="give epochs too, such as epochs=20")
+        if self.bfloat16 and not has_bfloat16():
+            raise OptionError("bfloat16 has no instructions on this processor: it would be slow", hint="leave it out")
 
     def improve(self, pair: Pair, calibration: Any, seed: int, progress: Progress | None) -> Change:
         """Change the weights of `pair.pruned` in place."""
