@@ -2,6 +2,7 @@
 layers quantized as they run.
 
     taskset -c 0 python benchmarks/targets.py accuracy     # every target, ResNet-20 and MobileNetV2 with their weights
+    taskset -c 0 python benchmarks/targets.py processor    # ort-x86 and ort-x86-avx2 on this processor, with VNNI or without
     taskset -c 0 python benchmarks/targets.py openvino     # the same networks there and in ONNX Runtime (random weights)
     taskset -c 0 python benchmarks/targets.py recipes      # fp16 and int8-dynamic
     taskset -c 0 python benchmarks/targets.py dynamic      # the kernels behind int8-dynamic, layer by layer
@@ -17,6 +18,7 @@ from collections.abc import Callable
 
 import numpy as np
 import onnx
+import onnxruntime
 import torch
 from forms import MODELS
 from int8_accuracy import DATA, collect, top1
@@ -37,7 +39,8 @@ from fxpress.runtime.benchmark import Timing, compare_latency
 from fxpress.runtime.dynamic_layers import check_dynamic, dynamic_nodes
 from fxpress.runtime.layers import check_layers
 from fxpress.runtime.openvino import integer_share, make_openvino_session
-from fxpress.runtime.session import Runnable, make_session
+from fxpress.runtime.processor import saturates
+from fxpress.runtime.session import Runnable, Session, make_session
 from fxpress.runtime.verify import check_parity
 
 PREPARE = "cleanup,canonicalize,fuse-batchnorm"
@@ -103,6 +106,31 @@ def _judge_target(
     if target.runtime != "onnxruntime":
         line += f"; {len(check_structure(model, target))} faults of form"
     print(line, flush=True)
+
+
+# -- with and without VNNI ------------------------------------------------------------------------------------------
+
+
+def processor() -> None:
+    print(f"8-bit products {'saturate' if saturates() else 'are exact'} on this processor")
+    for name, load in (("resnet20", resnet20), ("mobilenet_v2", mobilenet_v2)):
+        module, calibration, x, y = load()
+        program = prepared(module, torch.from_numpy(x[:2]))
+        batches = [(torch.from_numpy(calibration[i : i + 50]),) for i in range(0, len(calibration), 50)]
+        floating = make_session(lower(program))
+        print(f"{name}: float {top1(_run(floating), x, y):.2f} %", flush=True)
+        for target in ("ort-x86", "ort-x86-avx2"):
+            model = lower(run_passes(program, "quantize", Context(load_target(target), batches)))
+            for kind, session in (("exact", make_session(model)), ("default", _with_default_options(model))):
+                speed = timed(floating, session, x[:1]).ratio
+                print(f"  {target:14} {kind:8} {top1(_run(session), x, y):.2f} %, {speed:.2f}x", flush=True)
+
+
+def _with_default_options(model: onnx.ModelProto) -> Session:
+    """As who has only the file loads it, on one thread."""
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads, options.log_severity_level = 1, 3
+    return Session(onnxruntime.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"]))
 
 
 # -- OpenVINO ------------------------------------------------------------------------------------------------------
@@ -197,7 +225,7 @@ def _judge_layer(name: str, layer: nn.Module, x: torch.Tensor) -> None:
     print(f"{name:34} {timing.first_ms:7.3f} -> {timing.second_ms:7.3f} ms ({timing.ratio:.2f}x)", flush=True)
 
 
-BENCHMARKS = {"accuracy": accuracy, "openvino": openvino, "recipes": recipes, "dynamic": dynamic}
+BENCHMARKS = {"accuracy": accuracy, "processor": processor, "openvino": openvino, "recipes": recipes, "dynamic": dynamic}
 
 
 def main() -> None:

@@ -15,7 +15,7 @@ from fxpress.compilation import placing
 from fxpress.errors import OptionError
 from fxpress.runtime import processor
 from fxpress.runtime.layers import check_layers
-from fxpress.runtime.session import make_session
+from fxpress.runtime.session import Session, make_session
 
 
 class Loud(nn.Module):
@@ -45,6 +45,28 @@ def test_the_largest_products_are_exact_on_any_processor(loud, target):
     quantized = fxpress.quantize(program, (x,), target=target)
     parity = check_layers(quantized, (x,))
     assert parity.max_steps <= (1 if target == "ort-arm" else 0)
+
+
+class Depthwise(Loud):
+    """The same, the second layer depthwise."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.second = nn.Conv2d(16, 16, 3, padding=1, groups=16, bias=False)
+        nn.init.constant_(self.second.weight, 0.1)
+
+
+@pytest.mark.parametrize("network", [Loud, Depthwise])
+def test_models_for_avx2_are_exact_as_anyone_loads_them(loud, network):
+    x = loud[1]
+    quantized = fxpress.quantize(fxpress.capture(network(), (x,)), (x,), target="ort-x86-avx2")
+
+    def load(model):
+        return Session(onnxruntime.InferenceSession(model.SerializeToString(), providers=["CPUExecutionProvider"]))
+
+    assert check_layers(quantized, (x,), load).max_steps == 0
+    largest = {int(t.abs().max()) for t in quantized.state_dict().values() if t.dtype == torch.int8}
+    assert largest == ({63, 127} if network is Depthwise else {63})
 
 
 def test_the_probe_agrees_with_a_model(loud):

@@ -56,6 +56,13 @@ def small_depthwise(node: fx.Node) -> str | None:
     return None if math.prod(weight[2:]) < LARGE_WINDOW else "it is depthwise with a large window"
 
 
+def depthwise(node: fx.Node) -> str | None:
+    """A convolution over height and width whose channels each give one, by themselves."""
+    weight = _shape(node.args[1])
+    alone = weight is not None and len(weight) == 4 and weight[1] == 1 and weight[0] == argument(node, "groups")
+    return None if alone else "it is not depthwise"
+
+
 def wide_groups(node: fx.Node) -> str | None:
     """A convolution without groups of 2 to 4 channels."""
     weight = _shape(node.args[1])
