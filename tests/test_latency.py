@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import math
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -475,3 +476,24 @@ def test_compile_prunes_to_a_latency(monkeypatch: pytest.MonkeyPatch, tmp_path: 
     notes = next(s["notes"] for s in artifact.report["stages"] if s["pass"] == "prune")
     assert any("measured latency is" in n for n in notes)
     assert artifact.report["pruning"]["macs_kept"] < 1
+
+
+class Still:
+    """A model that does nothing."""
+
+    def run(self, *inputs):
+        return inputs
+
+
+@pytest.mark.parametrize(("ticks", "real"), [(0.7, True), (0.0, False)])
+def test_a_clock_that_stands_still_divides_by_nothing(ticks, real):
+    """One that now and then does not move between two looks, and one that never does: the clock on the wall then."""
+    looks = itertools.count()
+
+    def clock() -> float:
+        return float(int(next(looks) * ticks))
+
+    timing = compare_latency(Still(), Still(), (np.zeros(1),), seconds=0.01, clock=clock)
+    assert timing.runs >= 11
+    assert 0 < timing.low <= timing.ratio <= timing.high < math.inf
+    assert (timing.first_ms >= 1000) == real
