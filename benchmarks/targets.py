@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import argparse
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import numpy as np
 import onnx
@@ -73,13 +73,19 @@ def mobilenet_v2() -> tuple[nn.Module, np.ndarray, np.ndarray, np.ndarray]:
     return module, x[calibrated], x[~calibrated], y[~calibrated]
 
 
-def accuracy() -> None:
+def with_real_weights() -> Iterator[tuple[Program, Session, list[tuple[torch.Tensor]], np.ndarray, np.ndarray]]:
+    """Each network: program, float session, calibration, judged images and labels. Prints its float accuracy."""
     for name, load in (("resnet20", resnet20), ("mobilenet_v2", mobilenet_v2)):
         module, calibration, x, y = load()
         program = prepared(module, torch.from_numpy(x[:2]))
         batches = [(torch.from_numpy(calibration[i : i + 50]),) for i in range(0, len(calibration), 50)]
         floating = make_session(lower(program))
         print(f"{name}: float {top1(_run(floating), x, y):.2f} %", flush=True)
+        yield program, floating, batches, x, y
+
+
+def accuracy() -> None:
+    for program, _, batches, x, y in with_real_weights():
         for target in target_names():
             _judge_target(program, target, batches, x, y)
 
@@ -113,12 +119,7 @@ def _judge_target(
 
 def processor() -> None:
     print(f"8-bit products {'saturate' if saturates() else 'are exact'} on this processor")
-    for name, load in (("resnet20", resnet20), ("mobilenet_v2", mobilenet_v2)):
-        module, calibration, x, y = load()
-        program = prepared(module, torch.from_numpy(x[:2]))
-        batches = [(torch.from_numpy(calibration[i : i + 50]),) for i in range(0, len(calibration), 50)]
-        floating = make_session(lower(program))
-        print(f"{name}: float {top1(_run(floating), x, y):.2f} %", flush=True)
+    for program, floating, batches, x, y in with_real_weights():
         for target in ("ort-x86", "ort-x86-avx2"):
             model = lower(run_passes(program, "quantize", Context(load_target(target), batches)))
             for kind, session in (("exact", make_session(model)), ("default", _with_default_options(model))):

@@ -143,16 +143,12 @@ def resolve_data(text: str | None, loading: Loading) -> Data | None:
 
 def resolve_judge(request: Request, loading: Loading) -> Data | None:
     """The labelled data of --eval."""
-    judged = _labelled(resolve_data(request.eval_data, loading))
+    judged = resolve_data(request.eval_data, loading)
+    if judged is not None and judged.labelled is False:
+        raise OptionError(f"{judged.name} has no labels, so --eval has no effect", hint="give labelled data")
     if judged is not None and request.eval_data == request.data:
         warn("--data and --eval are the same: the metric is judged on what calibrated the model")
     return judged
-
-
-def _labelled(data: Data | None) -> Data | None:
-    if data is not None and data.labelled is False:
-        raise OptionError(f"{data.name} has no labels, so --eval has no effect", hint="give labelled data")
-    return data
 
 
 def used_preprocess(data: Data | None, judged: Data | None, loading: Loading) -> Preprocess | None:

@@ -99,6 +99,7 @@ class GroupLasso:
     def __init__(self, program: Program, objective: Objective | None = None, *, strength: float = 1e-4) -> None:
         require("strength", strength, strength > 0, "a positive number")
         self.objective, self.strength = objective or CrossEntropy(), strength
+        self.reads_labels = reads_labels(objective)
         self.rows, count = _rows(program)
         weights = dict(program.named_parameters())
         sizes = torch.zeros(count)

@@ -2,8 +2,8 @@
 
 Without VNNI an 8-bit product is `vpmaddubsw`: two products of uint8 activations and int8 weights are added into one
 int16, which saturates. With weights in [-64, 63] it cannot: 2 * 255 * 64 = 32,640 < 32,767. (With eight bits it can:
-2 * 255 * 127 = 64,770; the error is silent and large.) Depthwise
-convolutions multiply and add in 32 bits (measured: exact with the largest products), and keep weights of eight bits.
+2 * 255 * 127 = 64,770; the error is silent and large.) Depthwise convolutions multiply and add in 32 bits
+(measured: exact with the largest products), and keep weights of eight bits.
 """
 
 from __future__ import annotations
