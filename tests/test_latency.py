@@ -301,6 +301,17 @@ def test_a_latency_is_met_within_a_percent_or_says_why_not(
     assert len(clock.ratios) <= 6
 
 
+@pytest.mark.parametrize("share", [0.5, 0.7, 0.75])
+def test_coarse_steps_are_combined(chain: Program, share: float) -> None:
+    """One step of a group is up to 8 % of the latency here. The table's own answers for these shares are 5 to 10 % off;
+    a step more in one group for one less in another meets them better."""
+    clock = Clock()
+    plan = plan_pruning(chain, latency=share, round_to=8, latencies=clock, importance="random", seed=1)
+    assert clock.whole(plan.apply(chain)) / clock.whole(chain) == pytest.approx(share, rel=0.02)
+    assert len(clock.ratios) <= 6
+    assert min(clock.ratios, key=lambda r: abs(r - share)) == clock.whole(plan.apply(chain)) / clock.whole(chain)
+
+
 def test_by_layer_a_latency_is_met_by_every_unit() -> None:
     model = nn.Sequential(*[m for _ in range(3) for m in (nn.Conv2d(64, 64, 3, padding=1), nn.ReLU())]).eval()
     program = fxpress.capture(model, (torch.randn(2, 64, 8, 8),))
@@ -456,16 +467,18 @@ def plain(width: int = 64) -> nn.Module:
 @pytest.mark.slow
 @pytest.mark.parametrize("recipe", ["float", "int8"])
 def test_a_real_latency_is_met(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, recipe: str) -> None:
-    """Measured by the plan, and once more by sessions that it never saw; by processor time, since tests run on busy
-    machines. benchmarks/pruning_latency.py shows what the clock on the wall says."""
+    """What the plan says it measured is what sessions measure that it never saw, but for the noise of a busy machine,
+    by processor time. How near to the budget that is on a quiet one is shown by benchmarks/pruning_latency.py."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     program = fxpress.capture(plain(), (torch.randn(2, 3, 32, 32),))
     clock = fxpress.op_latencies(recipe)
     plan = fxpress.plan_pruning(program, latency=0.6, latencies=clock)
+    told = float(plan.notes[0].removeprefix("measured latency is ").split()[0])
+    assert told == pytest.approx(0.6, rel=0.05) or "instead of 0.6" in plan.notes[0]
     sessions = [make_session(clock.compiled(p)) for p in (plan.apply(program), program)]
     x = np.random.default_rng(0).standard_normal((1, 3, 32, 32)).astype("float32")
     ratio = compare_latency(*sessions, (x,), seconds=2, clock=time.thread_time).ratio
-    assert ratio == pytest.approx(0.6, rel=0.05), plan.notes
+    assert ratio == pytest.approx(told, rel=0.1), plan.notes
     assert any((tmp_path / "fxpress" / "latency").iterdir())
 
 

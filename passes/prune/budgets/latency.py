@@ -12,8 +12,9 @@ up in a table, is from ProxylessNAS (Cai et al. 2019) and NetAdapt (Yang et al. 
 
 from __future__ import annotations
 
+import heapq
 import itertools
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from math import prod
@@ -29,7 +30,7 @@ from ..analysis import Analysis
 from ..axes import Axes, Reason, Vector
 from ..rules.table import relate
 from ..slicing import Cut, slice_program
-from .budget import Budget, Selection, select
+from .budget import Budget, Selection, keep_mask, select
 from .choices import Choice, allowed_counts, granule
 from .costs import Cost, Term, macs_cost
 from .measuring import OpLatencies
@@ -39,6 +40,8 @@ GRAIN = 16  # counts in a table are multiples of it (of less in narrow layers) w
 _LEVELS = 5  # counts of each size in a table
 _POINTS = 1500  # measurements for a program at most; more would make tables coarser instead
 _TRIES = 6  # whole models measured for one plan at most
+_PAIRS = 20  # changes of two groups at once whose cost is looked up
+_SAME = 1e-3  # relative difference of two questions to the table that have one answer
 _CLOSE = 0.01  # relative distance of the measured ratio from the budget at which no more are tried
 
 Counts = tuple[int, ...]
@@ -333,44 +336,115 @@ def select_latency(
     """Keep what makes the measured latency of the whole program the budget's share of the unpruned one.
 
     The table says what to prune; `ratio_of` (mask -> measured ratio) says how fast that is in truth, and the share that
-    is asked of the table is corrected by the secant until both agree. By layer, every unit meets the share by itself as
-    the table has it, and the whole is measured only to be told.
+    is asked of the table is corrected by the secant until both agree. Where its answers are too coarse for that, one
+    group or two keep a step more or less. By layer, every unit meets the share by itself as the table has it, and the
+    whole is measured only to be told.
     """
     cost = LatencyCost(analysis, clock, budget.limits.round_to)
-    tries: list[tuple[float, float, Selection]] = []
-    asked, impossible = budget.share, 0.0
-    for _ in range(_TRIES if budget.share < 1 and budget.scope == "global" else 1):
-        try:
-            selection = select(analysis, choices, replace(budget, share=asked), cost)
-        except PruningError:
-            if not tries:
-                raise
-            impossible = asked
-        else:
-            if any(np.array_equal(selection.keep, s.keep) for _, _, s in tries):
-                break
-            tries.append((asked, ratio_of(selection.keep), selection))
-            if abs(tries[-1][1] / budget.share - 1) <= _CLOSE:
-                break
-        asked = next_share(budget.share, [(1.0, 1.0), *((a, m) for a, m, _ in tries)])
-        if asked <= impossible:
-            asked = (impossible + min(a for a, _, _ in tries)) / 2
-    _, measured, best = min(tries, key=lambda t: abs(t[1] / budget.share - 1))
-    note = _measured_note(budget, measured, len(tries), impossible > 0)
+    tried = _Tried(choices, budget.share, ratio_of)
+    if budget.share == 1 or budget.scope == "layer":
+        tried.measure(select(analysis, choices, budget, cost))
+        at_limit = False
+    else:
+        ask = lambda share: select(analysis, choices, replace(budget, share=share), cost)  # noqa: E731
+        at_limit = _ask_table(tried, budget, ask)
+        _look_around(tried, analysis, cost)
+    measured, best, _ = tried.best
+    note = _measured_note(budget, measured, len(tried.known), at_limit)
     layers = [n for n in best.notes if "ended at" not in n]  # what the table says of the total was measured instead
     return replace(best, notes=[note, *layers])
 
 
-def next_share(wanted: float, known: Sequence[tuple[float, float]]) -> float:
+class _Tried:
+    """The whole models that were timed: (ratio, selection, counts of the choices), by what they keep."""
+
+    def __init__(self, choices: list[Choice], share: float, ratio_of: Callable[[Vector], float]) -> None:
+        self.choices, self.share, self._ratio_of = choices, share, ratio_of
+        self.known: dict[bytes, tuple[float, Selection, Counts]] = {}
+
+    def measure(self, selection: Selection) -> float:
+        """The ratio of what the choices keep now, timed if it is new."""
+        key = selection.keep.tobytes()
+        if key not in self.known:
+            self.known[key] = self._ratio_of(selection.keep), selection, tuple(c.count for c in self.choices)
+        return self.known[key][0]
+
+    @property
+    def best(self) -> tuple[float, Selection, Counts]:
+        return min(self.known.values(), key=lambda k: abs(k[0] / self.share - 1))
+
+    @property
+    def done(self) -> bool:
+        """Is one close enough, or has enough been timed?"""
+        return len(self.known) >= _TRIES or (bool(self.known) and abs(self.best[0] / self.share - 1) <= _CLOSE)
+
+
+def _ask_table(tried: _Tried, budget: Budget, answer: Callable[[float], Selection]) -> bool:
+    """Time what the table says is of some share, until the share asked for is measured or two questions have one
+    answer. Returns whether less was asked for than can be. Raises PruningError if already the budget cannot be met."""
+    known, impossible = [(1.0, 1.0)], 0.0
+    asked, before, repeated = budget.share, 1.0, False
+    while not tried.done and not (repeated and abs(asked - before) < _SAME * asked):
+        before, timed = asked, len(tried.known)
+        try:
+            known.append((asked, tried.measure(answer(asked))))
+        except PruningError:
+            if not tried.known:
+                raise
+            impossible = asked
+        else:
+            repeated = len(tried.known) == timed
+        asked = next_share(budget.share, known, halve=repeated)
+        if asked <= impossible:
+            asked = (impossible + min(a for a, _ in known)) / 2
+    return impossible > 0
+
+
+def _look_around(tried: _Tried, analysis: Analysis, cost: LatencyCost) -> None:
+    """Time what keeps a step more or less of one or two groups than the best, as long as the table, put right by what
+    was measured of the best, has one nearer to the budget."""
+    while not tried.done:
+        measured, best, counts = tried.best
+        seconds = cost(best.keep)
+        wanted = seconds * tried.share / measured
+        steps = [(i, n) for i, c in enumerate(tried.choices) for n in (counts[i] - 1, counts[i] + 1)
+                 if 0 <= n < len(c.allowed)]  # fmt: skip
+        change = {step: cost(_set(tried.choices, counts, [step], analysis)) - seconds for step in steps}
+        pairs = ((a, b) for a, b in itertools.combinations(steps, 2) if a[0] != b[0])
+        near = heapq.nsmallest(_PAIRS, pairs, key=lambda m: abs(seconds + change[m[0]] + change[m[1]] - wanted))
+        moves: list[tuple[tuple[int, int], ...]] = [*((s,) for s in steps), *near]
+        nearest, chosen = abs(seconds - wanted), None
+        for move in moves:
+            keep = _set(tried.choices, counts, move, analysis)
+            distance = abs(cost(keep) - wanted)
+            if distance < nearest and keep.tobytes() not in tried.known:
+                nearest, chosen = distance, move
+        if chosen is None:
+            return
+        keep = _set(tried.choices, counts, chosen, analysis)
+        tried.measure(replace(best, keep=keep, cost=cost(keep)))
+
+
+def _set(choices: list[Choice], counts: Counts, move: Iterable[tuple[int, int]], analysis: Analysis) -> Vector:
+    """What is kept with these counts, but for the (choice, count) of `move`."""
+    changed = dict(move)
+    for i, (choice, count) in enumerate(zip(choices, counts)):
+        choice.count = changed.get(i, count)
+    return keep_mask(analysis, choices)
+
+
+def next_share(wanted: float, known: Sequence[tuple[float, float]], halve: bool = False) -> float:
     """What to ask of the table so that `wanted` is measured, from known (asked, measured): between the nearest on both
-    sides, or in proportion to the nearest above."""
-    above = min((k for k in known if k[1] >= wanted), key=lambda k: k[1])
-    below = max((k for k in known if k[1] < wanted), key=lambda k: k[1], default=None)
+    sides, or beyond the two nearest above, but not less than half. `halve` takes the middle between both sides, for
+    where the secant only finds what is known: steps."""
+    above, *higher = sorted((k for k in known if k[1] >= wanted), key=lambda k: (k[1], k[0]))
+    below = max((k for k in known if k[1] < wanted), key=lambda k: (k[1], k[0]), default=None)
     if below is None:
-        return max(above[0] * wanted / above[1], 1e-3)
-    if above[1] == below[1]:
-        return below[0]
-    return below[0] + (above[0] - below[0]) * (wanted - below[1]) / (above[1] - below[1])
+        far = next(((a, m) for a, m in higher if a > above[0] and m > above[1]), (0.0, 0.0))
+        asked = above[0] - (above[1] - wanted) * (far[0] - above[0]) / (far[1] - above[1])
+        return max(asked, above[0] / 2, 1e-3)
+    share = 0.5 if halve or above[1] == below[1] else (wanted - below[1]) / (above[1] - below[1])
+    return below[0] + (above[0] - below[0]) * share
 
 
 def _measured_note(budget: Budget, measured: float, tries: int, at_limit: bool) -> str:
