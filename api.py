@@ -12,8 +12,15 @@ import torch
 
 from .backends.onnx.lower import lower
 from .backends.targets import load_target
-from .compilation.placing import runs_here, without_vnni
-from .compilation.settings import Progress, Settings, Stages, quantizes, reads_labels, trains
+from .compilation.options import (
+    check_settings,
+    checked_drop,
+    checked_search,
+    checked_threads,
+    journal_beside,
+    started_processes,
+)
+from .compilation.settings import Progress, Settings, Stages, quantizes
 from .compilation.steps import FLOAT_PIPELINE, compile_program, latency_clock
 from .errors import DataError, OptionError
 from .frontend.batches import Batches, as_batches
@@ -27,12 +34,10 @@ from .passes.pipeline import make_pass, parse_pipeline
 from .passes.prune import planning
 from .passes.prune.plan import PruningPlan
 from .passes.quantize.passes import Ranges
-from .passes.quantize.placement.fallback import Budget
-from .recipe import DEFAULT, parse_drop, resolve_passes
+from .recipe import DEFAULT, resolve_passes
 from .runtime.artifact import Artifact, check_output
 from .runtime.evaluate import Evaluate
 from .runtime.latency import MeasuredLatencies
-from .training.distributed import TorchProcesses, join_processes
 
 _TARGET = "ort-x86"
 
@@ -94,7 +99,7 @@ def compile(
 
     Raises FxpressError subclasses for everything that a user can mend.
     """
-    processes = _processes(distributed)
+    processes = started_processes(distributed)
     if processes is not None and max_drop is not None:
         raise OptionError("the search under max_drop is for one process", hint="leave max_drop or distributed out")
     if processes is not None and processes.rank > 0:
@@ -104,10 +109,10 @@ def compile(
         target=load_target(target),
         passes=resolve_passes(recipe, pipeline, prune),
         seed=seed,
-        threads=_checked_threads(threads),
-        max_drop=_checked_drop(max_drop, evaluate),
-        search=_checked_search(max_drop, search_seconds, search_trials, journal),
-        journal=_journal_of(journal, output),
+        threads=checked_threads(threads),
+        max_drop=checked_drop(max_drop, evaluate),
+        search=checked_search(max_drop, search_seconds, search_trials, journal),
+        journal=journal_beside(journal, output),
         tune=tune,
         tune_seconds=tune_seconds,
         allow_slower=allow_slower,
@@ -118,8 +123,7 @@ def compile(
         processes=processes,
         training=training,
     )
-    _check_training(settings)
-    _check_tuning(settings, tune_seconds)
+    check_settings(settings)
     if calibration is None and quantizes(settings.passes):
         raise DataError("quantization needs calibration data", hint="give calibration (--data), or the recipe float")
     if output is not None:
@@ -148,7 +152,7 @@ def op_latencies(
     """What `plan_pruning(latency=..., latencies=...)` measures with: ONNX Runtime on this machine, for models that
     `recipe` turns into what is run ("int8": the latency of the quantized model). Kernel times are kept in the user's
     cache folder. Without it, plan_pruning measures the float model with one thread."""
-    return latency_clock(resolve_passes(recipe), load_target(target), _checked_threads(threads), progress)
+    return latency_clock(resolve_passes(recipe), load_target(target), checked_threads(threads), progress)
 
 
 def quantize(
@@ -168,7 +172,7 @@ def quantize(
     Raises DataError for calibration data that do not fit, QuantizationError, OptionError.
     """
     context = Context(target=load_target(target), calibration=as_batches(program, calibration), seed=seed)
-    context.processes = _processes(distributed)
+    context.processes = started_processes(distributed)
     passes = [*parse_pipeline(FLOAT_PIPELINE), make_pass("quantize", {"ranges": ranges})]
     return PassManager(passes).run(program, context)
 
@@ -202,92 +206,6 @@ def _checked_calibration(program: Program, calibration: Iterable[Any] | None, st
         batches = as_batches(program, calibration)
         record.notes += batches.notes
     return batches
-
-
-def _check_training(settings: Settings) -> None:
-    """Passes that train need data, with labels where they read them, and others have no use for them."""
-    kind, given = ("labelled data", "(inputs, labels)") if reads_labels(settings.passes) else ("data", "inputs")
-    if trains(settings.passes) and settings.training is None:
-        raise DataError(f"the recipe trains on {kind}", hint=f"give training={given} (--train-data DATA)")
-    if getattr(settings.training, "labelled", None) is False and reads_labels(settings.passes):
-        raise DataError(f"{settings.training.name} has no labels, and the recipe reads them", hint="give labelled data")
-    if settings.training is not None and not trains(settings.passes):
-        raise OptionError(
-            "training data have no effect: nothing in the pipeline trains",
-            hint="use a recipe such as int8-qat, or the pass finetune",
-        )
-
-
-def _checked_threads(threads: int) -> int:
-    if isinstance(threads, bool) or not isinstance(threads, int) or threads < 1:
-        raise OptionError(f"threads is {threads!r}", hint="give a whole number of 1 or more")
-    return threads
-
-
-def _checked_drop(max_drop: str | float | None, evaluate: Evaluate | None) -> float | None:
-    if max_drop is None:
-        return None
-    if evaluate is None:
-        raise OptionError(
-            "max_drop has no effect without a metric", hint="give evaluate (on the command line: --eval DATA)"
-        )
-    return parse_drop(max_drop)
-
-
-def _checked_search(
-    max_drop: str | float | None, seconds: float | None, trials: int | None, journal: str | Path | None
-) -> Budget:
-    given = {"seconds": seconds, "trials": trials}
-    if max_drop is None and (journal is not None or any(v is not None for v in given.values())):
-        raise OptionError(
-            "search_seconds, search_trials and journal have no effect without max_drop",
-            hint="give max_drop, or leave them out",
-        )
-    return Budget(**{k: v for k, v in given.items() if v is not None})  # type: ignore[arg-type]
-
-
-def _journal_of(journal: str | Path | None, output: str | Path | None) -> Path | None:
-    """The journal beside the output, where none is named: the folder itself is written in one step at the end."""
-    if journal is not None:
-        return Path(journal)
-    return Path(output).with_name(Path(output).name + ".journal") if output is not None else None
-
-
-def _check_tuning(settings: Settings, seconds: float) -> None:
-    """Tuning asks the runtime here; it has no effect where nothing is quantized, or on what runs elsewhere."""
-    if not 0 < seconds < float("inf"):
-        raise OptionError(f"tune_seconds is {seconds!r}", hint="give a number of seconds above 0")
-    for name, given in (("tune", settings.tune), ("allow_slower", settings.allow_slower)):
-        if given and not quantizes(settings.passes):
-            raise OptionError(f"{name} has no effect: the pipeline does not quantize", hint="leave it out")
-    if settings.tune and settings.processes is not None:
-        raise OptionError(
-            "tune does not work beside distributed: processes would measure differently",
-            hint="tune on one process, then give the pipeline that its report states",
-        )
-    if settings.tune and any(p.name == "qat" for p in settings.passes):
-        raise OptionError(
-            "tune does not work with qat: each placement would be trained",
-            hint="tune the recipe int8, then give the keep_float that its report states to qat",
-        )
-    if settings.tune and not runs_here(settings.target):
-        why = without_vnni(settings.target) or f"its models run elsewhere ({settings.target.run})"
-        raise OptionError(
-            f"tune has no effect on target {settings.target.name}: {why}",
-            hint="leave it out: a measurement here says nothing about it",
-        )
-
-
-def _processes(distributed: bool) -> TorchProcesses | None:
-    """The processes that share the work, None where there is one. Raises OptionError where none were started."""
-    if not distributed:
-        return None
-    processes = join_processes()
-    if processes is None:
-        raise OptionError(
-            "distributed has no effect on one process", hint="start several: torchrun --nproc-per-node 2 script.py"
-        )
-    return processes
 
 
 def _name_of(module: Any) -> str:
