@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from .passes.base import Pass as Pass
     from .passes.base import register_pass as register_pass
     from .passes.manager import run_passes as run_passes
-    from .passes.prune.importance.criteria import register_importance as register_importance
+    from .passes.prune.importance.registry import register_importance as register_importance
     from .passes.prune.plan import PruningPlan as PruningPlan
     from .passes.prune.recovery.recover import recover as recover
     from .passes.prune.recovery.schedule import prune_and_recover as prune_and_recover
@@ -63,7 +63,7 @@ _LAZY = {
     "prune_and_recover": ".passes.prune.recovery.schedule",
     "quantize": ".api",
     "recover": ".passes.prune.recovery.recover",
-    "register_importance": ".passes.prune.importance.criteria",
+    "register_importance": ".passes.prune.importance.registry",
     "register_pass": ".passes.base",
     "run_passes": ".passes.manager",
     "to_onnx": ".api",

@@ -22,7 +22,7 @@ from torch.nn import functional
 
 import fxpress
 from fxpress.frontend.program import Program
-from fxpress.passes.prune.importance.criteria import criteria
+from fxpress.passes.prune.importance.registry import criteria
 from fxpress.passes.rewrite import aten, find, set_argument
 
 

@@ -22,7 +22,7 @@ def load_plugins(files: list[Path]) -> None:
     """Run the user's own files, which register passes or importances. Raises OptionError for one that does neither."""
     from ..frontend.sources import load_file
     from ..passes.base import registered_passes
-    from ..passes.prune.importance.criteria import criteria
+    from ..passes.prune.importance.registry import criteria
 
     for file in files:
         before = {*registered_passes(), *criteria()}

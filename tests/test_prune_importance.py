@@ -20,8 +20,9 @@ from fxpress.frontend.sources import load_file
 from fxpress.passes.base import Context
 from fxpress.passes.manager import run_passes
 from fxpress.passes.prune.groups import Group, find_groups
-from fxpress.passes.prune.importance import criteria as table
-from fxpress.passes.prune.importance.criteria import Aggregate, Criterion, Normalize, criteria, register_importance
+from fxpress.passes.prune.importance import registry as table
+from fxpress.passes.prune.importance.criteria import Aggregate, Criterion, Normalize, Slices
+from fxpress.passes.prune.importance.registry import criteria, register_importance
 from fxpress.passes.prune.importance.scores import AGGREGATIONS, NORMALIZATIONS, Importance
 from fxpress.passes.prune.masking import oracle_error
 from fxpress.passes.prune.rules.table import analyze
@@ -476,7 +477,7 @@ def clean_table(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.usefixtures("clean_table")
 def test_one_function_is_a_new_importance(plain: fxpress.Program) -> None:
     @register_importance("largest")
-    def largest(slices: table.Slices) -> torch.Tensor:
+    def largest(slices: Slices) -> torch.Tensor:
         """Magnitude of the largest weight."""
         return slices.values.abs().amax(dim=1)
 
@@ -493,7 +494,7 @@ def test_one_function_is_a_new_importance(plain: fxpress.Program) -> None:
 @pytest.mark.usefixtures("clean_table")
 @pytest.mark.parametrize("result", [None, torch.zeros(3), torch.tensor(float("nan"))])
 def test_an_importance_that_gives_nonsense_is_told_so(plain: fxpress.Program, result: torch.Tensor | None) -> None:
-    def odd(slices: table.Slices) -> torch.Tensor | None:
+    def odd(slices: Slices) -> torch.Tensor | None:
         return result.expand(len(slices.values)) if result is not None and result.ndim == 0 else result
 
     register_importance("odd")(odd)  # type: ignore[arg-type]

@@ -16,7 +16,7 @@ from fxpress.frontend.cost import count_macs
 from fxpress.passes.base import Context
 from fxpress.passes.manager import run_passes
 from fxpress.passes.prune.groups import find_groups, find_pinned
-from fxpress.passes.prune.importance.criteria import criteria
+from fxpress.passes.prune.importance.registry import criteria
 from fxpress.passes.prune.masking import oracle_error
 from fxpress.passes.prune.plan import PruningPlan
 from fxpress.passes.prune.planning import plan_pruning

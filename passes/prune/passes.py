@@ -9,7 +9,8 @@ from ...errors import OptionError, VerificationError
 from ...frontend.program import Program
 from ..base import Change, Context, Pass, register_pass
 from .budgets.budget import Scope
-from .importance.criteria import Aggregate, Normalize, find_criterion
+from .importance.criteria import Aggregate, Normalize
+from .importance.registry import find_criterion
 from .kinds.block_importance import DATA_IMPORTANCES
 from .kinds.plans import Kind
 from .masking import oracle_error

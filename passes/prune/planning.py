@@ -63,7 +63,7 @@ def plan_pruning(
     group) meets it by itself; a ratio is meant by layer, anything else globally. `ratios`: shares to remove by glob of
     layer names, {"layer1.*": 0.3}; the groups that run through those layers do not compete for the budget. Of a
     dimension that is a product, heads times features, each factor bears its part of a ratio.
-    `importance`: the name of a criterion (`passes.prune.importance.criteria`,
+    `importance`: the name of a criterion (`passes.prune.importance.registry`,
     docs/pruning.md): l1, l2, bn-scale, fpgm, lamp, random; with `data` wanda, reconstruction, compensated, taylor,
     hessian; or one of your own. `aggregate` (mean, sum, max, prod: over coupled layers) and `normalize` (mean, max,
     sum, gaussian, lamp, none: within a layer; cost: by what a channel costs) replace what suits the criterion.

@@ -1,11 +1,7 @@
-"""What an importance criterion is, and the table of those that there are. A new one is one small function:
+"""What an importance criterion is: what its function is shown, and what it gives back. The table is registry.py.
 
-    @fxpress.register_importance("l3")
-    def l3(slices):
-        return slices.values.abs().pow(3).sum(dim=1)
-
-`reads` says what the function is shown and what it gives back; the driver in `importance.py` does the rest: it finds
-the places in the axes, adds positions up to literals, normalizes, and aggregates what the coupled layers say.
+`reads` says which of the classes here the function gets; scores.py does the rest: it finds the places in the axes, adds
+positions up to literals, normalizes, and aggregates what the coupled layers say.
 """
 
 from __future__ import annotations
@@ -17,13 +13,13 @@ from typing import Any, Literal
 import numpy as np
 import torch
 
-from ....errors import OptionError, did_you_mean
+from ....errors import OptionError
 
 Reads = Literal["weights", "norms", "activations", "contributions", "moments", "gradients"]
 Aggregate = Literal["mean", "sum", "max", "prod"]
 Normalize = Literal["mean", "max", "sum", "gaussian", "lamp", "cost", "none"]
 
-DATA_READS = ("activations", "contributions", "moments", "gradients")
+DATA_READS: tuple[Reads, ...] = ("activations", "contributions", "moments", "gradients")
 
 
 @dataclass(frozen=True)
@@ -106,51 +102,7 @@ class Criterion:
         return (self.function.__doc__ or "").strip().split("\n")[0]
 
 
-_REGISTERED: dict[str, Criterion] = {}
-
-
-def register_importance(
-    name: str, reads: Reads = "weights", normalize: Normalize = "mean", aggregate: Aggregate = "mean"
-) -> Callable[[Callable[[Any], torch.Tensor]], Callable[[Any], torch.Tensor]]:
-    """Decorator: make a function known as the importance `name`, to `plan_pruning` and to the pass `prune`.
-
-    Raises OptionError for a name that is taken and for options that do not exist.
-    """
-    check_choice("reads", reads, ("weights", "norms", *DATA_READS))
-    check_choice("normalize", normalize, ("mean", "max", "sum", "gaussian", "lamp", "cost", "none"))
-    check_choice("aggregate", aggregate, ("mean", "sum", "max", "prod"))
-
-    def register(function: Callable[[Any], torch.Tensor]) -> Callable[[Any], torch.Tensor]:
-        known = criteria().get(name)
-        if known is not None and _origin(known.function) != _origin(function):
-            raise OptionError(f"there is an importance {name!r} already: {known.summary}", hint="rename yours")
-        _REGISTERED[name] = Criterion(name, function, reads, normalize, aggregate)
-        return function
-
-    return register
-
-
-def criteria() -> dict[str, Criterion]:
-    """Name -> criterion: the built-in ones, and the user's own."""
-    from .activations import DATA_CRITERIA
-    from .weights import WEIGHT_CRITERIA
-
-    return {c.name: c for c in (*WEIGHT_CRITERIA, *DATA_CRITERIA)} | _REGISTERED
-
-
-def find_criterion(name: str) -> Criterion:
-    """The criterion of that name. Raises OptionError."""
-    known = criteria()
-    if name not in known:
-        raise OptionError(f"unknown importance {name!r}", hint=did_you_mean(str(name), known, "choose one of"))
-    return known[name]
-
-
 def check_choice(option: str, value: object, choices: Iterable[str]) -> None:
     """Raise OptionError unless `value` is one of `choices`."""
     if value not in list(choices):
         raise OptionError(f"{option} is {value!r}", hint=f"choose one of {', '.join(choices)}")
-
-
-def _origin(function: Callable[..., Any]) -> tuple[str, str]:
-    return getattr(function, "__module__", ""), getattr(function, "__qualname__", repr(function))

@@ -31,8 +31,9 @@ from ..analysis import Analysis
 from ..axes import Vector
 from ..budgets.costs import macs_cost
 from ..groups import Group, Place
-from .criteria import Criterion, Slices, check_choice, find_criterion
+from .criteria import Criterion, Slices, check_choice
 from .gates import Gate, Signs, find_gates
+from .registry import find_criterion
 from .sensitivity import (
     ActivationSums,
     ContributionSums,
