@@ -27,6 +27,7 @@ from typing import Any
 import torch
 
 SCHEMA = "fake_quantize(Tensor x, Tensor scale, Tensor zero_point, int qmin, int qmax, int? axis=None) -> Tensor"
+_ULPS = 2.0**-22  # two units in the last place of float32
 _SCALES = (2.0**-100, 2.0**100)  # a step that training drives to zero or to infinity stays a number
 
 
@@ -80,27 +81,35 @@ def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
     x, scale, zero_point = ctx.saved_tensors
     qmin, qmax, axis = ctx.limits
     wide, step, low, high = _prepared(x, scale, zero_point, qmin, qmax, axis)
-    steps = wide.div(step)
-    clamped = steps.clamp(low, high)
-    inside = clamped == steps
-    passed = grad * inside
+    steps, grad = wide.div(step), grad.to(wide.dtype)
+    passed = _inside(grad, steps, low, high)
     weight = gradient_scale(x, scale, max(abs(low), abs(high)), axis)
     grad_scale = grad_zero = None
     if ctx.needs_input_grad[1]:
-        shares = clamped.round_().mul_(grad).sub_(steps.mul_(passed))
         size = effective_scale(scale)
-        total = _summed(shares, axis).sum_to_size(scale.shape)
-        grad_scale = (torch.tanh(total * weight / size) / size).to(scale.dtype)
+        total = _products(steps.clamp(low, high).round_(), grad, axis) - _products(steps, passed, axis)
+        grad_scale = (torch.tanh(total.sum_to_size(scale.shape) * weight / size) / size).to(scale.dtype)
     if ctx.needs_input_grad[2]:
         total = _summed((passed - grad) / step, None)
         grad_zero = (torch.tanh(total * weight / (qmax - qmin)) / (qmax - qmin)).to(zero_point.dtype)
-    return passed, grad_scale, grad_zero, None, None, None
+    return passed.to(x.dtype), grad_scale, grad_zero, None, None, None
 
 
 def gradient_scale(x: torch.Tensor, scale: torch.Tensor, steps: float, axis: int | None) -> float:
     """1 / sqrt(n * q): it balances how fast a scale and the values that it divides are learned."""
     parts = scale.numel() if axis is not None else (x.shape[0] if x.ndim else 1)
     return 1.0 / math.sqrt(max(x.numel() / max(parts, 1), 1.0) * max(steps, 1.0))
+
+
+def _inside(grad: torch.Tensor, steps: torch.Tensor, low: float, high: float) -> torch.Tensor:
+    """`grad` where low <= steps <= high, else 0, in one kernel, which does not count its own limits as inside."""
+    below, above = low - _ULPS * max(abs(low), 1.0), high + _ULPS * max(abs(high), 1.0)
+    return torch.ops.aten.hardtanh_backward(grad, steps, below, above)
+
+
+def _products(a: torch.Tensor, b: torch.Tensor, axis: int | None) -> torch.Tensor:
+    """sum(a * b) over all dims but `axis`, without an array of products where all are summed."""
+    return torch.dot(a.flatten(), b.flatten()) if axis is None else _summed(a * b, axis)
 
 
 def _summed(values: torch.Tensor, axis: int | None) -> torch.Tensor:

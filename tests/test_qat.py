@@ -144,6 +144,17 @@ def test_gradients_are_those_of_lsq(axis):
     assert backward.__doc__
 
 
+@pytest.mark.parametrize(("qmin", "qmax"), [(0, 15), (-7, 7), (0, 255), (-32768, 32767)])
+def test_the_limits_themselves_are_inside(qmin, qmax):
+    """The largest weight of a channel is at its limit, where the scale comes from it: it must go on learning."""
+    declare_operators()
+    beyond = torch.tensor([qmin - 0.01, qmin, 0.3, qmax, qmax + 0.01]) * torch.tensor([1 + 1e-4, 1, 1, 1, 1 + 1e-4])
+    x = beyond.clone().requires_grad_(True)
+    torch.ops.fxpress.fake_quantize(x, torch.ones(()), torch.zeros(()), qmin, qmax).sum().backward()
+    assert x.grad is not None
+    assert x.grad.tolist() == [0, 1, 1, 1, 0]
+
+
 def test_the_gradient_scale_counts_values_of_one_example_or_one_channel():
     activation, weight = torch.zeros(8, 4, 5, 5), torch.zeros(6, 3, 2, 2)
     assert gradient_scale(activation, torch.ones(()), 255, None) == pytest.approx((100 * 255) ** -0.5)
