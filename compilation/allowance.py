@@ -143,6 +143,19 @@ def runtime_judge(evaluate: Evaluate, threads: int) -> Callable[[Program], Metri
     return lambda program: measure(evaluate, session_runner(program, make_session(lower(program), threads=threads)))
 
 
+def allowance_of(
+    settled: Settled | None, drop: float | None, evaluate: Evaluate | None, threads: int
+) -> Callable[[Program], bool]:
+    """Is the metric of a program still within the allowance, or no worse than the best that was found?"""
+    if settled is None or drop is None or evaluate is None:
+        return lambda program: True
+    before, after = settled.metrics
+    found = settled.outcome.best.metric if settled.outcome else after.value if after else None
+    needed = least_allowed(before.value, drop)
+    judge = runtime_judge(evaluate, threads)
+    return lambda program: judge(program).value >= (needed if found is None else min(needed, found))
+
+
 def find_allowed(
     floating: Program,
     tail: Sequence[Pass],

@@ -100,17 +100,24 @@ class Placing:
         timed: Timed,
         record: StageRecord,
         make: Callable[[list[Pass]], Timed],
+        allowed: Callable[[], bool],
     ) -> tuple[list[Pass], Timed]:
         """Other passes from quantization on, with which the model is not slower than float, and that model; the same
-        where it is not slower now. `make` runs passes on `floating` and times the result."""
+        where it is not slower now. `make` runs passes on `floating` and times the result, `allowed` says whether the
+        metric of what was made last is good enough: more in float is not better in every case."""
         if not timed.slower:
             return list(tail), timed
         record.notes.append(f"{_speed(timed)}: slower than float")
         if self.tuning is None:
             tail = self._try_tuning(floating, tail, record)
             timed = make(list(tail))
+        why = ""
         if tail and timed.slower:
-            record.notes.append(f"{_speed(timed)}: slower than float all the same; the model stays in float")
+            why = "slower than float all the same"
+        elif tail and not allowed():
+            why = "as fast as float, but the metric falls further than allowed"
+        if why:
+            record.notes.append(f"{_speed(timed)}: {why}; the model stays in float")
             tail, timed = [], make([])
         if not tail:
             record.notes.append("nothing is on integers: this is what the recipe `float` makes")

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import dataclasses
 import zlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import onnx
@@ -37,7 +37,16 @@ from ..runtime.report.environment import installed
 from ..runtime.session import make_session
 from ..runtime.verify import check_parity
 from ..training.passes import QAT
-from .allowance import Allowance, Settled, drop_promise, judge_both, judge_float, runtime_judge, settle
+from .allowance import (
+    Allowance,
+    Settled,
+    allowance_of,
+    drop_promise,
+    judge_both,
+    judge_float,
+    runtime_judge,
+    settle,
+)
 from .allowance_report import as_json, describe
 from .judging import (
     judge_coverage,
@@ -73,7 +82,8 @@ def compile_program(
     settings = dataclasses.replace(settings, passes=compiled.passes)
     compiled, settings, settled = settle_drop(compiled, program, reference, settings, stages, batches, evaluate)
     known = settled.metrics if settled else None
-    fast, timed = lower_and_keep_speed(compiled, program, reference, settings, stages, context, placing)
+    allowed = allowance_of(settled, settings.max_drop, evaluate, settings.threads)
+    fast, timed = lower_and_keep_speed(compiled, program, reference, settings, stages, context, placing, allowed)
     if fast is not compiled:
         compiled, known = fast, (known[0], None) if known else None
     float_model, model, session, timing = timed.float_model, timed.model, timed.session, timed.timing
@@ -175,8 +185,9 @@ def lower_and_keep_speed(
     stages: Stages,
     context: Context,
     placing: Placing,
+    allowed: Callable[[Program], bool],
 ) -> tuple[Compiled, Timed]:
-    """Lower and time the model; where it is slower than float, place it anew."""
+    """Lower and time the model; where it is slower than float, place it anew, so that its metric is still `allowed`."""
     with stages.step("lower"):
         float_program = float_form(compiled, program, reference)
         timed = lower_and_time(float_program, compiled.final, reference, settings.threads)
@@ -191,7 +202,8 @@ def lower_and_keep_speed(
         return lower_and_time(float_program, made[-1], reference, settings.threads)
 
     with stages.step("not-slower") as record:
-        tail, timed = placing.not_slower(floating, compiled.passes[cut:], timed, record, make)
+        good = lambda: allowed(made[-1])  # noqa: E731
+        tail, timed = placing.not_slower(floating, compiled.passes[cut:], timed, record, make, good)
     stages.records += made[-1].log[len(floating.log) :]
     passes = (*compiled.passes[:cut], *tail)
     return Compiled(floating if tail else None, made[-1], compiled.plan, passes), timed
@@ -258,8 +270,6 @@ def _untrained(item: Pass) -> Pass:
 
 
 # -- worth and cost -----------------------------------------------------------------------------------------------
-
-
 
 
 def figures(

@@ -2,7 +2,8 @@
 
 Laws: the user's module is not touched (a deep copy is exported, in eval mode); the batch is dynamic unless the user
 says otherwise (capture runs with batch >= 2, or torch would silently freeze it); the graph is functional; guards are
-left out. What cannot be captured is an error that names the user's source line and what to change.
+left out. What cannot be captured is an error that names the user's source line and what to change. What was captured
+gives what the module gives on the example inputs, or it is an error too.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ from torch import fx
 from torch.utils import _pytree as pytree
 
 from ..errors import CaptureError, DataError, first_line
+from .agreement import check_same
 from .aliases import use_canonical_names
 from .composites import write_out_composites
 from .functionalize import functionalize
@@ -52,8 +54,10 @@ def capture(
     copied = copy.deepcopy(module, {id(p): p for p in module.parameters()} if share_weights else None).eval()
     dynamic = _dynamic_shapes(copied, args, kwargs) if dynamic_batch else None
     with _quiet():
+        expected = _run(copied, args, kwargs)
         exported = _export(copied, args, kwargs, dynamic)
         program = program_from_exported(exported, example_leaves=tuple(pytree.tree_leaves((args, kwargs))))
+        check_same(program, expected, lambda: _run(copied, args, kwargs))
     program.graph_module.meta["fxpress_model"] = type(module).__name__
     return program
 
@@ -144,19 +148,23 @@ def _dynamic_shapes(module: torch.nn.Module, args: tuple[Any, ...], kwargs: dict
     return shapes
 
 
-def _export(
-    module: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], dynamic: Any
-) -> torch.export.ExportedProgram:
+def _run(module: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """What the module itself gives. It may write into its inputs, so it gets copies."""
+    copies, named = pytree.tree_map_only(torch.Tensor, torch.clone, (args, kwargs))
     try:
         with torch.no_grad():
-            module(*args, **kwargs)
+            return module(*copies, **named)
     except Exception as error:
         raise CaptureError(
             f"the model fails on the example inputs: {type(error).__name__}: {first_line(error)}",
             where=_user_line(error),
-            hint="call the model on these inputs yourself; check shapes and dtypes"
-            + _shapes_text(args, kwargs),
+            hint="call the model on these inputs yourself; check shapes and dtypes" + _shapes_text(args, kwargs),
         ) from error
+
+
+def _export(
+    module: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], dynamic: Any
+) -> torch.export.ExportedProgram:
     try:
         return torch.export.export(module, args, kwargs, dynamic_shapes=dynamic, strict=False)
     except Exception as error:
@@ -204,9 +212,7 @@ def _line_in_text(text: str) -> str | None:
 
 
 def _shapes_text(args: tuple[Any, ...], kwargs: dict[str, Any]) -> str:
-    shapes = [
-        f"{tuple(x.shape)} {x.dtype}" for x in pytree.tree_leaves((args, kwargs)) if isinstance(x, torch.Tensor)
-    ]
+    shapes = [f"{tuple(x.shape)} {x.dtype}" for x in pytree.tree_leaves((args, kwargs)) if isinstance(x, torch.Tensor)]
     return f" (given: {', '.join(shapes)})"
 
 

@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import random
+
 import pytest
 import torch
 from torch import nn
+from torch.nn import functional as F
 
 import fxpress
+from fxpress.errors import CaptureError
 from fxpress.frontend.aliases import NAMES, canonical
+from fxpress.frontend.capture import program_from_exported
 from fxpress.frontend.cost import op_name
 
 
@@ -117,6 +122,194 @@ def test_same_as_eager_and_free_of_writes(module, batch):
     for node in program.graph.nodes:
         schema = getattr(node.target, "_schema", None)
         assert schema is None or not schema.is_mutable, node.target
+
+
+def _decode(y):
+    """As detectors write it: two augmented assignments on one view."""
+    box = y[:, :2]
+    box *= 2.0
+    box -= 0.5
+    return y
+
+
+def _nested(y):
+    box = y[:, :3]
+    box[:, 0] = 1.0
+    box[:, 1:][:, 0] = 2.0
+    return y + box.sum()
+
+
+def _chunks(y):
+    a, b = y.chunk(2, 1)
+    a.mul_(2)
+    b[:, 1] = 7.0
+    c, d = y.chunk(2, 1)
+    d.add_(1)
+    return y + a.sum() - b.sum() + c.sum()
+
+
+def _unbound(y):
+    for i, row in enumerate(y.unbind(1)[:2]):
+        row.mul_(i + 2)
+    y.split([1, 3], 1)[1].sub_(1)
+    return y
+
+
+def _out(y):
+    result = torch.zeros_like(y)
+    torch.mul(y[:, :2], 2, out=result[:, :2])
+    torch.add(y[:, 2:], y[:, :2], alpha=3, out=result[:, 2:])
+    return result
+
+
+def _dropout(y):
+    z = F.dropout(y, 0.5, False)
+    z += 1
+    return y + z
+
+
+def _no_view(y):
+    """Flattened across a transposition it is a copy, along the dims it is a view."""
+    copy = y.view(-1, 2, 2).transpose(1, 2).flatten(1)
+    copy.zero_()
+    view = y.view(-1, 2, 2).flatten(1)
+    view.mul_(3)
+    return y + copy.sum()
+
+
+def _kept_dtype(y):
+    counts = torch.zeros(y.shape, dtype=torch.int32)
+    counts[:, 1:] = y[:, 1:]
+    half = y.to(torch.float16)
+    half.add_(y * 1e-3)
+    flags = y.clone()
+    flags.gt_(0.1)
+    return counts + half * 2, flags
+
+
+def _owner_written_then_view(y):
+    part = y[:, 1:]
+    y *= 2
+    part += 1
+    whole = y.t()
+    part[:, 0] = 5.0
+    y += 1
+    return part, whole.sum(0), y
+
+
+VIEWS = {
+    "narrow": lambda y: y.narrow(1, 1, 2).mul_(3),
+    "mT": lambda y: y.view(-1, 2, 2).mT[:, 0].mul_(3),
+    "movedim": lambda y: y.view(-1, 2, 2).movedim(2, 0)[0].mul_(3),
+    "permute": lambda y: y.view(-1, 2, 2, 1).permute(3, 0, 2, 1)[0, :, 0].mul_(3),
+    "unflatten": lambda y: y.unflatten(1, (2, 2))[:, 1].add_(3),
+    "squeeze": lambda y: y.unsqueeze(1).unsqueeze(1).squeeze((1, 2)).mul_(3),
+    "view_as": lambda y: y.view_as(y).add_(3),
+    "expand_as": lambda y: y.expand_as(y).add_(3),
+    "detach": lambda y: y.detach()[:, 2:].zero_(),
+    "diagonal": lambda y: y.view(-1, 2, 2).diagonal(0, 1, 2).zero_(),
+    "reshape": lambda y: y.reshape(-1, 2, 2)[..., 1].fill_(2.0),
+    "chain": lambda y: y[:, :2].sigmoid_().mul_(2).sub_(0.5),
+    "strided": lambda y: y[:, ::2].neg_(),
+    "last": lambda y: y[..., -1].copy_(y[..., 0]),
+}
+FUNCTIONS = [_decode, _nested, _chunks, _unbound, _out, _dropout, _no_view, _kept_dtype, _owner_written_then_view, *VIEWS]
+
+
+@pytest.mark.parametrize("function", FUNCTIONS, ids=lambda f: f if isinstance(f, str) else f.__name__.strip("_"))
+@pytest.mark.parametrize("no_grad", [False, True], ids=["grad", "no_grad"])
+def test_whatever_shares_memory_sees_a_write(function, no_grad):
+    """Tensors are made inside, so that each batch has its own; the batch is dynamic wherever a model allows it."""
+
+    class Net(nn.Module):
+        def forward(self, x):
+            y = x * 1.5
+            if isinstance(function, str):
+                VIEWS[function](y)
+                return y
+            return function(y)
+
+    with torch.set_grad_enabled(not no_grad):
+        program = fxpress.capture(Net(), torch.randn(2, 4))
+    for batch in (2, 5):
+        x = torch.randn(batch, 4)
+        torch.testing.assert_close(program(x), Net()(x), rtol=0, atol=0)
+    assert not any(getattr(getattr(n.target, "_schema", None), "is_mutable", False) for n in program.graph.nodes)
+
+
+def test_what_reads_before_a_write_and_after_it() -> None:
+    """A random walk over views, writes and reads of one tensor gives what eager gives."""
+    takes = [
+        lambda y: y[:, 1:3], lambda y: y[:, 0], lambda y: y.view(-1, 2, 2), lambda y: y.t(), lambda y: y.chunk(2, 1)[1],
+        lambda y: y.unsqueeze(1), lambda y: y.narrow(-1, 0, 1), lambda y: y.reshape(y.shape), lambda y: y.flatten(),
+    ]  # fmt: skip
+    writes = [lambda y: y.mul_(1.25), lambda y: y.add_(0.5), lambda y: y.neg_(), lambda y: y.fill_(0.75)]
+
+    def walk(x: torch.Tensor, seed: int) -> torch.Tensor:
+        draw, known = random.Random(seed), [x * 1.0]
+        total = torch.zeros(())
+        for _ in range(12):
+            value = draw.choice(known)
+            kind = draw.random()
+            if kind < 0.4 and value.ndim == 2 and value.shape[1] == 4:
+                known.append(draw.choice(takes)(value))
+            elif kind < 0.4 and value.ndim > 1:
+                known.append(value[:, 0])
+            elif kind < 0.75:
+                draw.choice(writes)(value)
+            else:
+                total = total + value.sum() * draw.random()
+        return total + sum(v.sum() for v in known)
+
+    class Net(nn.Module):
+        def __init__(self, seed: int) -> None:
+            super().__init__()
+            self.seed = seed
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return walk(x, self.seed)
+
+    for seed in range(25):
+        x = torch.randn(3, 4)
+        torch.testing.assert_close(fxpress.capture(Net(seed), (x,), dynamic_batch=False)(x), walk(x, seed))
+
+
+def test_an_archive_that_lost_who_shares_memory(tmp_path):
+    """torch.export.save keeps the ops, not the storages of its examples."""
+
+    class Net(nn.Module):
+        def forward(self, x):
+            y = x * 2
+            part = y.chunk(2, 1)[0]
+            part.add_(1)
+            y.view(-1).mul_(3)
+            return y
+
+    dim = torch.export.Dim("b", min=1)
+    exported = torch.export.export(Net(), (torch.randn(3, 4),), dynamic_shapes=({0: dim},), strict=False)
+    torch.export.save(exported, tmp_path / "net.pt2")
+    program = program_from_exported(torch.export.load(tmp_path / "net.pt2"))
+    x = torch.randn(5, 4)
+    assert torch.equal(program(x), Net()(x))
+
+
+@pytest.mark.parametrize(
+    ("function", "said"),
+    [
+        (lambda y: y.unfold(1, 2, 2)[..., 0].mul_(3), "in place through aten.unfold"),
+        (lambda y: torch._foreach_add_([y], 1.0), "no functional form"),
+    ],
+)
+def test_what_cannot_be_expressed_is_an_error_with_its_line(function, said):
+    class Net(nn.Module):
+        def forward(self, x):
+            y = x * 1.0
+            function(y)
+            return y
+
+    with pytest.raises(CaptureError, match=said) as error:
+        fxpress.capture(Net(), torch.randn(2, 4))
+    assert "test_functionalize.py" in str(error.value)
 
 
 def test_alias_ops_get_their_usual_names() -> None:

@@ -1,0 +1,76 @@
+"""Does a captured program give what its module gives?
+
+The tracer and the rules that make its graph functional are each right as far as anyone knows; that they were right for
+this model is seen by running both on the example inputs. It costs one inference.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import fx
+from torch.utils import _pytree as pytree
+
+from ..errors import CaptureError
+from .program import Program
+
+_BOUNDS = {torch.float16: 2e-2, torch.bfloat16: 5e-2}  # of the largest value; 1e-3 for wider numbers
+_ODD = 0.01  # share of whole numbers that may differ: what is sorted or rounded may be a tie
+_DROPOUTS = ("aten.dropout", "aten.feature_dropout", "aten.alpha_dropout", "aten.feature_alpha_dropout")
+
+
+def check_same(program: Program, expected: Any, again: Callable[[], Any]) -> None:
+    """Raises CaptureError where `program` does not give `expected`, the module's results on the example inputs.
+
+    Nothing is said of programs that draw random numbers, nor of modules that give something else each time: `again`
+    runs the module once more, where the first results are not met.
+    """
+    if any(map(_draws, program.graph.nodes)):
+        return
+    with torch.no_grad():
+        ours = list(program.call_example())
+    if _difference(ours, expected) is None:
+        return
+    second = again()
+    found = _difference(ours, second)
+    if found is not None and _difference(_tensors(expected), second) is None:
+        raise CaptureError(
+            f"the captured graph does not compute what the module computes: {found}",
+            hint="this is a fault of fxpress: report it with the model; until then, write as plain expressions what "
+            "the model does in place or by side effects",
+        )
+
+
+def _draws(node: fx.Node) -> bool:
+    """Does a node draw random numbers, in evaluation too?"""
+    tags = getattr(node.target, "tags", ())
+    if torch.Tag.nondeterministic_seeded not in tags:
+        return False
+    return not (str(node.target).startswith(_DROPOUTS) and not node.args[2])
+
+
+def _tensors(results: Any) -> list[torch.Tensor]:
+    return [r for r in pytree.tree_leaves(results) if isinstance(r, torch.Tensor)]
+
+
+def _difference(ours: list[torch.Tensor], results: Any) -> str | None:
+    """How the first output that differs does so; None where all are the same."""
+    theirs = _tensors(results)
+    if len(ours) != len(theirs):
+        return f"{len(ours)} tensors instead of {len(theirs)}"
+    for i, (a, b) in enumerate(zip(ours, theirs)):
+        if a.shape != b.shape:
+            return f"output {i} has the shape {list(a.shape)} instead of {list(b.shape)}"
+        if a.is_floating_point() or a.is_complex():
+            wide = torch.complex128 if a.is_complex() or b.is_complex() else torch.float64
+            x, y = a.detach().to(wide), b.detach().to(wide)
+            close = (x == y) | (x.isnan() & y.isnan())
+            largest = float(y[y.isfinite()].abs().max()) if y.isfinite().any() else 0.0
+            worst = float((x - y).abs()[~close].nan_to_num(nan=float("inf")).max()) if not bool(close.all()) else 0.0
+            if worst > _BOUNDS.get(a.dtype, 1e-3) * largest:
+                return f"output {i} differs by {worst:.3g} where the largest value is {largest:.3g}"
+        elif a.numel() and float((a != b).double().mean()) > _ODD:
+            return f"{float((a != b).double().mean()):.0%} of output {i} differ"
+    return None

@@ -1,0 +1,101 @@
+"""A captured program that does not give what its module gives is refused, and only such a one."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+import fxpress
+from fxpress.errors import CaptureError
+from fxpress.frontend import capture as capturing
+from fxpress.frontend.agreement import check_same
+
+
+class Net(nn.Module):
+    def forward(self, x):
+        return {"scores": (x @ x.mT).softmax(-1), "best": x.argmax(-1), "none": None}
+
+
+@pytest.fixture
+def program():
+    return fxpress.capture(Net(), torch.randn(2, 5, 6))
+
+
+def test_the_modules_own_results_agree(program):
+    (x,) = program.example_inputs
+    check_same(program, Net()(x), lambda: pytest.fail("run again"))
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        (lambda r: r | {"scores": r["scores"] + 0.01}, "output 0 differs by 0.01"),
+        (lambda r: r | {"scores": r["scores"].where(r["scores"] > 0.2, torch.nan)}, "output 0 differs by inf"),
+        (lambda r: r | {"scores": r["scores"][:, :4]}, r"output 0 has the shape \[2, 5, 5\] instead of \[2, 4, 5\]"),
+        (lambda r: r | {"best": r["best"] + 1}, "100% of output 1 differ"),
+        (lambda r: {"scores": r["scores"]}, "2 tensors instead of 1"),
+    ],
+)
+def test_others_do_not(program, change, said):
+    other = change(Net()(*program.example_inputs))
+    with pytest.raises(CaptureError, match=said):
+        check_same(program, other, lambda: other)
+
+
+def test_a_rule_that_changes_values_is_found_by_capture(monkeypatch):
+    """If a write were lost, as one through a view that nobody knows would be."""
+
+    def wrong(graph_module):
+        for node in graph_module.graph.nodes:
+            if node.target is torch.ops.aten.add.Tensor:
+                node.target = torch.ops.aten.sub.Tensor
+        graph_module.recompile()
+
+    class Sum(nn.Module):
+        def forward(self, x):
+            return x + x.mean()
+
+    monkeypatch.setattr(capturing, "functionalize", wrong)
+    with pytest.raises(CaptureError, match="does not compute what the module computes"):
+        fxpress.capture(Sum(), torch.randn(2, 3))
+
+
+def test_what_is_random_or_counts_its_calls_is_captured():
+    class Noisy(nn.Module):
+        def forward(self, x):
+            return x + torch.randn_like(x)
+
+    class Dropped(nn.Module):
+        def forward(self, x):
+            return F.dropout(x, 0.5, self.training) * 2
+
+    class Counting(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.register_buffer("calls", torch.zeros(()))
+
+        def forward(self, x):
+            self.calls += 1
+            return x * self.calls
+
+    for module in (Noisy(), Dropped(), Counting()):
+        program = fxpress.capture(module, torch.randn(2, 3))
+        assert program.outputs[0].dims == ("batch", 3)
+
+
+def test_the_inputs_that_a_model_writes_into_stay_the_users():
+    class InPlace(nn.Module):
+        def forward(self, x):
+            return x.mul_(2) + 1
+
+    x = torch.ones(2, 3)
+    program = fxpress.capture(InPlace(), x)
+    assert torch.equal(x, torch.ones(2, 3))
+    assert torch.equal(program(x), torch.full((2, 3), 3.0))
+
+
+def test_half_precision_is_judged_as_such():
+    model = nn.Sequential(nn.Linear(64, 64), nn.GELU(), nn.Linear(64, 8)).half()
+    assert fxpress.capture(model, torch.randn(4, 64).half()).outputs[0].dims == ("batch", 8)
