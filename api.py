@@ -24,7 +24,7 @@ from .compilation.settings import Progress, Settings, Stages, quantizes
 from .compilation.steps import FLOAT_PIPELINE, compile_program, latency_clock
 from .errors import DataError, OptionError
 from .frontend.batches import Batches, as_batches
-from .frontend.capture import capture
+from .frontend.capture import capture, notes_of
 from .frontend.preprocess import Preprocess
 from .frontend.program import Program
 from .frontend.weights import check_program_finite
@@ -129,8 +129,9 @@ def compile(
     if output is not None:
         check_output(output)
     stages = Stages(progress)
-    with stages.step("capture"):
+    with stages.step("capture") as record:
         program = as_program(module, args, kwargs, share_weights=True)
+        record.notes += notes_of(program)
         check_program_finite(program)
     batches = _checked_calibration(program, calibration, stages)
     artifact = compile_program(program, reference or program, settings, stages, batches, evaluate, plan)

@@ -14,6 +14,7 @@ aten = torch.ops.aten
 
 # fmt: off
 NAMES = {
+    "__and__": "bitwise_and", "__or__": "bitwise_or", "__xor__": "bitwise_xor",
     "absolute": "abs", "arccos": "acos", "arccosh": "acosh", "arcsin": "asin", "arcsinh": "asinh", "arctan": "atan",
     "arctan2": "atan2", "arctanh": "atanh", "clip": "clamp", "concat": "cat", "concatenate": "cat", "divide": "div",
     "fix": "trunc", "ger": "outer", "greater": "gt", "greater_equal": "ge", "less": "lt", "less_equal": "le",
@@ -42,7 +43,7 @@ def canonical(op: Any) -> Any:
     namespace, _, name = op._schema.name.partition("::")
     if op in _OVERLOADS:
         return _OVERLOADS[op]
-    stem, inplace = (name[:-1], "_") if name.endswith("_") else (name, "")
+    stem, inplace = (name[:-1], "_") if name.endswith("_") and not name.endswith("__") else (name, "")
     if namespace != "aten" or stem not in NAMES:
         return op
     return getattr(getattr(aten, NAMES[stem] + inplace), op._overloadname, op)

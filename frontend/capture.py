@@ -17,6 +17,7 @@ import traceback
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -27,11 +28,11 @@ from ..errors import CaptureError, DataError, first_line
 from .agreement import check_same
 from .aliases import use_canonical_names
 from .composites import write_out_composites
-from .functionalize import functionalize
+from .functionalize import UPDATED, functionalize
 from .program import Program, delete_attribute, describe_tensors
 
 BATCH = "batch"
-_LIBRARY_PARTS = ("/torch/", "/fxpress/frontend/", "<")
+_LIBRARY_PARTS = ("/torch/", str(Path(__file__).parent), "<")
 
 
 def capture(
@@ -51,15 +52,26 @@ def capture(
     args, kwargs = _checked_inputs(module, args, kwargs)
     if dynamic_batch:
         args, kwargs = _with_batch_of_two(args, kwargs)
-    copied = copy.deepcopy(module, {id(p): p for p in module.parameters()} if share_weights else None).eval()
+    copied = _copy(module, share_weights)
     dynamic = _dynamic_shapes(copied, args, kwargs) if dynamic_batch else None
     with _quiet():
-        expected = _run(copied, args, kwargs)
+        expected = _run(module, args, kwargs)
         exported = _export(copied, args, kwargs, dynamic)
         program = program_from_exported(exported, example_leaves=tuple(pytree.tree_leaves((args, kwargs))))
-        check_same(program, expected, lambda: _run(copied, args, kwargs))
-    program.graph_module.meta["fxpress_model"] = type(module).__name__
+        check_same(program, expected, lambda: _run(module, args, kwargs))
+    meta, state = program.graph_module.meta, {n for n, _ in (*copied.named_buffers(), *copied.named_parameters())}
+    meta["fxpress_model"] = type(module).__name__
+    meta[UPDATED] = [n for n in meta.get(UPDATED, ()) if n in state]
     return program
+
+
+def notes_of(program: Program) -> list[str]:
+    """What people should know of a captured program."""
+    updated = program.graph_module.meta.get(UPDATED)
+    if not updated:
+        return []
+    return [f"the model writes into {', '.join(updated)} as it runs; the program does not: each call starts from what "
+            "they were at capture"]  # fmt: skip
 
 
 def program_from_exported(
@@ -93,6 +105,8 @@ def _checked_inputs(
             f"expected a torch.nn.Module, got {type(module).__name__}",
             hint="pass the module itself, not its class or its output",
         )
+    if isinstance(module, torch.jit.ScriptModule):
+        raise CaptureError("a ScriptModule cannot be traced", hint="pass the module that it was made from")
     if isinstance(args, torch.Tensor):
         args = (args,)
     if not isinstance(args, (tuple, list)):
@@ -104,7 +118,8 @@ def _checked_inputs(
     for tensor in tensors:
         if tensor.is_floating_point() and not torch.isfinite(tensor).all():
             raise DataError("the example inputs hold NaN or infinity", hint="check how they were loaded")
-    return tuple(args), kwargs
+    args, kwargs = pytree.tree_map_only(torch.Tensor, torch.Tensor.detach, (tuple(args), kwargs))
+    return args, kwargs
 
 
 def _batch_size(args: tuple[Any, ...], kwargs: dict[str, Any]) -> int | None:
@@ -148,12 +163,29 @@ def _dynamic_shapes(module: torch.nn.Module, args: tuple[Any, ...], kwargs: dict
     return shapes
 
 
+def _copy(module: torch.nn.Module, share_weights: bool = False) -> torch.nn.Module:
+    """A copy in evaluation mode. Raises CaptureError for what cannot be copied."""
+    memo: dict[int, Any] = {id(p): p for p in module.parameters()} if share_weights else {}
+    for part in module.modules():
+        for value in vars(part).values():  # what a hook computed last (old weight_norm): torch copies leaves only
+            if isinstance(value, torch.Tensor) and value.grad_fn is not None:
+                memo[id(value)] = value.detach().clone()
+    try:
+        return copy.deepcopy(module, memo).eval()
+    except Exception as error:
+        raise CaptureError(
+            f"the module cannot be copied: {type(error).__name__}: {first_line(error)}",
+            hint="the copy is what is traced; take off what holds open files, locks or other processes",
+        ) from error
+
+
 def _run(module: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    """What the module itself gives. It may write into its inputs, so it gets copies."""
+    """What the module itself gives. It may write into its inputs, its buffers, even its weights: all are copies."""
+    trial = _copy(module)
     copies, named = pytree.tree_map_only(torch.Tensor, torch.clone, (args, kwargs))
     try:
         with torch.no_grad():
-            return module(*copies, **named)
+            return trial(*copies, **named)
     except Exception as error:
         raise CaptureError(
             f"the model fails on the example inputs: {type(error).__name__}: {first_line(error)}",

@@ -1,4 +1,5 @@
-"""Ops that are a few plain ones put together: recurrent cells and pairwise distance. Capture writes them out.
+"""Ops that are a few plain ones put together: recurrent cells, pairwise distance, a variance with its mean. Capture
+writes them out.
 
 A cell is two linear layers and some elementwise work (Hochreiter & Schmidhuber 1997, Cho et al. 2014). Written so, it
 is pruned, quantized and lowered by what there is for linear layers.
@@ -24,7 +25,8 @@ def write_out_composites(graph_module: fx.GraphModule) -> None:
             continue
         with graph.inserting_before(node):
             result = write(_Writer(node), *node.args, **node.kwargs)
-        _replace(node, result)
+        if result is not None:
+            _replace(node, result)
 
 
 class _Writer:
@@ -33,10 +35,10 @@ class _Writer:
     def __init__(self, node: fx.Node) -> None:
         self.node = node
 
-    def __call__(self, op: Any, *args: Any) -> fx.Node:
-        new = self.node.graph.call_function(op, args)
+    def __call__(self, op: Any, *args: Any, **kwargs: Any) -> fx.Node:
+        new = self.node.graph.call_function(op, args, kwargs)
         new.meta = {k: v for k, v in self.node.meta.items() if k != "val"}
-        new.meta["val"] = op(*fx.map_arg(args, lambda n: n.meta["val"]))
+        new.meta["val"] = op(*fx.map_arg(args, lambda n: n.meta["val"]), **kwargs)
         return new
 
     def gates(self, x: Any, h: Any, weights: tuple[Any, ...], count: int) -> tuple[list[fx.Node], list[fx.Node]]:
@@ -78,12 +80,36 @@ def _pairwise_distance(g: _Writer, x1: Any, x2: Any, p: float = 2, eps: float = 
     return g(aten.linalg_vector_norm.default, difference, p, [-1], keepdim)
 
 
+def _repeat(g: _Writer, x: Any, repeats: Any) -> fx.Node | None:
+    """What repeats dims of size 1 alone is an expansion, whose size may change; other repeats stay."""
+    sizes = [1] * (len(repeats) - x.meta["val"].ndim) + list(x.meta["val"].shape)
+    ones = [isinstance(s, int) and s == 1 for s in sizes]
+    if not all(one or (isinstance(n, int) and n == 1) for one, n in zip(ones, repeats)):
+        return None
+    return g(aten.expand.default, x, [n if one else -1 for one, n in zip(ones, repeats)])
+
+
+def _with_mean(spread: Any) -> Callable[..., tuple[fx.Node, fx.Node]]:
+    """The variance (or deviation) and the mean, over the same dims."""
+
+    def write(
+        g: _Writer, x: Any, dim: Any = None, unbiased: bool = True, keepdim: bool = False, correction: Any = None
+    ) -> tuple[fx.Node, fx.Node]:
+        correction = int(unbiased) if correction is None else correction
+        return g(spread, x, dim, correction=correction, keepdim=keepdim), g(aten.mean.dim, x, dim, keepdim)
+
+    return write
+
+
 _COMPOSITES: dict[Any, Callable[..., Any]] = {
     aten.lstm_cell.default: _lstm_cell,
     aten.gru_cell.default: _gru_cell,
     aten.rnn_tanh_cell.default: _plain_cell(aten.tanh.default),
     aten.rnn_relu_cell.default: _plain_cell(aten.relu.default),
     aten.pairwise_distance.default: _pairwise_distance,
+    aten.repeat.default: _repeat,
+    **dict.fromkeys((aten.var_mean.correction, aten.var_mean.dim), _with_mean(aten.var.correction)),
+    **dict.fromkeys((aten.std_mean.correction, aten.std_mean.dim), _with_mean(aten.std.correction)),
 }
 
 

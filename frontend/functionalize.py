@@ -20,6 +20,8 @@ from torch import fx
 from .program import get_attribute
 from .writes import replace_writes
 
+UPDATED = "fxpress_updated"  # in meta: names of buffers and parameters that the model writes into as it runs
+
 aten = torch.ops.aten
 
 _TRANSPARENT = {
@@ -42,7 +44,9 @@ def functionalize(graph_module: fx.GraphModule) -> None:
     """Apply the rules in place."""
     _inline_wrappers(graph_module)
     _drop_transparent(graph_module.graph)
-    replace_writes(graph_module)
+    updated = replace_writes(graph_module)
+    if updated:
+        graph_module.meta[UPDATED] = updated
     for node in graph_module.graph.nodes:
         if node.target in (aten.view.default, aten._unsafe_view.default):
             node.target = aten.reshape.default

@@ -52,11 +52,15 @@ _FUNCTIONAL = {
 _COMPARISONS = {"eq", "ne", "lt", "le", "gt", "ge", "logical_and", "logical_or", "logical_xor", "logical_not"}
 
 
-def replace_writes(graph_module: fx.GraphModule) -> None:
-    """Leave no op in the graph that writes into a tensor. Raises CaptureError, with the line, where that cannot be."""
+def replace_writes(graph_module: fx.GraphModule) -> list[str]:
+    """Leave no op in the graph that writes into a tensor. Returns the names of the buffers and parameters that were
+    written into: each call starts from what they are now. Raises CaptureError, with the line, where that cannot be."""
     nodes = [n for n in graph_module.graph.nodes if n.op == "call_function"]
-    if any(_mutated(n) for n in nodes):
-        _Memory(graph_module).run()
+    if not any(_mutated(n) for n in nodes):
+        return []
+    memory = _Memory(graph_module)
+    memory.run()
+    return [str(owner.target) for owner in memory.writes if owner.op == "get_attr"]
 
 
 # -- what is written -------------------------------------------------------------------------------------------------

@@ -125,13 +125,19 @@ def _worst(before: tuple[torch.Tensor, ...], after: tuple[torch.Tensor, ...]) ->
 
 
 def _doubled(leaf: Any) -> Any:
-    return leaf.double() if isinstance(leaf, torch.Tensor) and leaf.is_floating_point() else leaf
+    return leaf.to(_WIDE.get(leaf.dtype, leaf.dtype)) if isinstance(leaf, torch.Tensor) else leaf
+
+
+_WIDE = {
+    torch.float16: torch.float64, torch.bfloat16: torch.float64, torch.float32: torch.float64,
+    torch.complex64: torch.complex128,
+}  # fmt: skip
 
 
 def in_double(program: Program) -> Program:
-    """A copy that computes in float64: weights, and dtype literals that ask for float32."""
+    """A copy that computes in float64 (or complex128): weights, and dtype literals that ask for less."""
     copy = program.copy()
-    copy.graph_module.double()
+    copy.graph_module._apply(_doubled)
     for node in copy.graph.nodes:
         if node.op == "call_function":
             node.args = pytree.tree_map(_widened, node.args)
@@ -153,7 +159,7 @@ def _is_created_in_float32(node: fx.Node) -> bool:
 
 
 def _widened(value: Any) -> Any:
-    return torch.float64 if value is torch.float32 else value
+    return _WIDE.get(value, value) if isinstance(value, torch.dtype) else value
 
 
 def relative_difference(a: torch.Tensor, b: torch.Tensor) -> float:

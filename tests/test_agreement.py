@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import threading
+import warnings
+
 import pytest
 import torch
 from torch import nn
@@ -11,6 +14,7 @@ import fxpress
 from fxpress.errors import CaptureError
 from fxpress.frontend import capture as capturing
 from fxpress.frontend.agreement import check_same
+from fxpress.frontend.capture import notes_of
 
 
 class Net(nn.Module):
@@ -99,3 +103,71 @@ def test_the_inputs_that_a_model_writes_into_stay_the_users():
 def test_half_precision_is_judged_as_such():
     model = nn.Sequential(nn.Linear(64, 64), nn.GELU(), nn.Linear(64, 8)).half()
     assert fxpress.capture(model, torch.randn(4, 64).half()).outputs[0].dims == ("batch", 8)
+
+
+class Stateful(nn.Module):
+    """It counts its calls, keeps an average, and even halves its own weights."""
+
+    def __init__(self):
+        super().__init__()
+        self.layer = nn.Linear(3, 3)
+        self.register_buffer("calls", torch.zeros(()))
+        self.register_buffer("mean", torch.zeros(3))
+
+    def forward(self, x):
+        self.calls += 1
+        with torch.no_grad():
+            self.layer.weight.mul_(0.5)
+        y = self.layer(x)
+        self.mean.mul_(0.9).add_(y.mean(0) * 0.1)
+        return y - self.mean, self.calls * 1.0
+
+
+@pytest.mark.parametrize("share", [False, True])
+def test_state_is_that_of_the_module_as_it_was_given(share):
+    module, x = Stateful(), torch.randn(4, 3)
+    before = {n: v.clone() for n, v in module.state_dict().items()}
+    program = fxpress.capture(module, x, share_weights=share)
+    for name, value in module.state_dict().items():
+        assert torch.equal(value, before[name]), name
+    with torch.no_grad():
+        want = module(x)
+    if not share:  # with it, this call has halved the weights of both
+        for got, wanted in zip(program(x), want):
+            torch.testing.assert_close(got, wanted)
+    (note,) = notes_of(program)
+    assert all(name in note for name in ("layer.weight", "calls", "mean"))
+
+
+def test_what_a_hook_left_on_a_module_is_copied_too():
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        module = nn.Sequential(nn.utils.weight_norm(nn.Conv1d(3, 8, 3)), nn.ReLU())
+    x = torch.randn(2, 3, 9)
+    torch.testing.assert_close(fxpress.capture(module, x)(x), module(x))
+
+
+@pytest.mark.parametrize(
+    ("module", "said"),
+    [
+        (lambda: torch.jit.script(nn.Linear(3, 3)), "a ScriptModule cannot be traced"),
+        (lambda: Holding(threading.Lock()), "the module cannot be copied: TypeError"),
+    ],
+)
+def test_what_cannot_be_traced_or_copied_is_an_error(module, said):
+    with pytest.raises(CaptureError, match=said):
+        fxpress.capture(module(), torch.randn(2, 3))
+
+
+class Holding(nn.Module):
+    def __init__(self, thing):
+        super().__init__()
+        self.thing = thing
+
+    def forward(self, x):
+        return x * 2
+
+
+def test_inputs_that_require_gradients_are_only_examples():
+    program = fxpress.capture(nn.Linear(3, 3), torch.randn(2, 3, requires_grad=True))
+    assert not program.example_inputs[0].requires_grad

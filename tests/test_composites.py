@@ -72,3 +72,56 @@ def test_pairwise_distance(options: dict[str, float]) -> None:
     program = fxpress.capture(Net(), inputs)
     torch.testing.assert_close(program(*inputs), Net()(*inputs))
     assert check_parity(program, fxpress.to_onnx(program)).max_relative < 1e-5
+
+
+class Between(nn.Module):
+    """conv a -> something over its 16 channels -> conv b."""
+
+    def __init__(self, function) -> None:
+        super().__init__()
+        self.a, self.b, self.function = nn.Conv2d(3, 16, 1), nn.Conv2d(16, 4, 1), function
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.b(self.function(self.a(x)))
+
+
+def _gathered(x: torch.Tensor) -> torch.Tensor:
+    """The tokens of the highest mean, as masked autoencoders and detectors choose them."""
+    tokens = x.flatten(2).mT
+    best = tokens.mean(2).topk(9, 1)[1]
+    return torch.gather(tokens, 1, best.unsqueeze(-1).repeat(1, 1, tokens.shape[-1])).mT.reshape(-1, 16, 3, 3)
+
+
+def _normalized(x: torch.Tensor) -> torch.Tensor:
+    variance, mean = torch.var_mean(x, (2, 3), keepdim=True)
+    deviation, _ = torch.std_mean(x, (2, 3), correction=0, keepdim=True)
+    return (x - mean) * torch.rsqrt(variance + 1e-5) + deviation
+
+
+@pytest.mark.parametrize(
+    "function",
+    [
+        _gathered,
+        _normalized,
+        lambda x: x.mean(1, keepdim=True).repeat(1, 16, 1, 1) * x,
+        lambda x: x * ((x >= -1) & (x < 1) | (x > 2)).float(),
+        lambda x: F.conv2d(x, (torch.ones(1, 1, 3, 3) / 9).repeat(16, 1, 1, 1), groups=16, padding=1),
+    ],
+)
+def test_channels_are_pruned_through_what_is_written_out(function) -> None:
+    torch.manual_seed(0)
+    module = Between(function).eval()
+    program = fxpress.capture(module, torch.randn(2, 3, 6, 6))
+    x = torch.randn(5, 3, 6, 6)
+    torch.testing.assert_close(program(x), module(x))
+    plan = plan_pruning(program, ratio=0.5)
+    pruned = plan.apply(program)
+    assert pruned.state_dict()["a.weight"].shape[0] == 8
+    assert pruned.state_dict()["b.weight"].shape[1] == 8
+    assert oracle_error(plan.mask(program), pruned) < 1e-9
+    assert check_parity(pruned, fxpress.to_onnx(pruned)).max_relative < 1e-5
+
+
+def test_a_repeat_of_wider_dims_stays() -> None:
+    program = fxpress.capture(Between(lambda x: x[:, :8].repeat(1, 2, 1, 1)), torch.randn(2, 3, 6, 6))
+    assert any(op_name(n) == "aten.repeat" for n in program.graph.nodes)

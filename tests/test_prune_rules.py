@@ -807,6 +807,40 @@ def bilinear() -> Probe:
 
 
 @probe
+def sampled_at_a_grid_per_channel() -> Probe:
+    """Channels moved into the batch, each with places of its own, as deformable layers do."""
+
+    def forward(n, x):
+        h, (b, _, height, width) = n.a(x), x.shape
+        grid = n.g(h).view(b, 8, 2, height, width).permute(0, 1, 3, 4, 2).tanh()
+        moved = F.grid_sample(h.reshape(-1, 1, height, width), grid.reshape(-1, height, width, 2), align_corners=True)
+        return n.b(moved.view(b, 8, height, width))
+
+    net = Net(forward, a=conv(3, 8), g=conv(8, 16, 1), b=conv(8, 4))
+    return net, IMAGE, ()
+
+
+@probe
+def clamped_by_parameters() -> Probe:
+    """A learned threshold for each channel."""
+    net = Net(
+        lambda n, x: n.b(n.a(x).clamp(min=-n.cap, max=n.cap).clamp_min(n.low)),
+        a=nn.Linear(6, 16), b=nn.Linear(16, 4), cap=nn.Parameter(torch.rand(16)), low=nn.Parameter(-torch.rand(16)),
+    )  # fmt: skip
+    return net, (3, 6), ("a.weight[0]", "a.bias[0]", "cap[0]", "low[0]", "b.weight[1]")
+
+
+@probe
+def viewed_as_another() -> Probe:
+    def forward(n, x):
+        h = n.a(x)
+        return n.b(n.l(h.flatten(2).mT).mT.reshape_as(h))
+
+    net = Net(forward, a=conv(3, 16), l=nn.Linear(16, 16), b=conv(16, 4))
+    return net, IMAGE, ("a.weight[0]", "l.weight[0]", "l.weight[1]", "b.weight[1]")
+
+
+@probe
 def sampled_at_a_grid() -> Probe:
     def forward(n: Net, x: torch.Tensor) -> torch.Tensor:
         grid = torch.tanh(n.g(x)).permute(0, 2, 3, 1)

@@ -9,7 +9,7 @@ from ..analysis import Analysis, rows, shape_of, sizes_of
 from ..axes import Axes, Vector
 
 _UNARY = """
-abs acos acosh alias asin asinh atan atanh bitwise_not ceil celu clamp clamp_max clamp_min clip clone contiguous cos
+abs acos acosh alias asin asinh atan atanh bitwise_not ceil celu clone contiguous cos
 cosh deg2rad detach dropout elu erf erfc exp exp2 expm1 feature_alpha_dropout alpha_dropout feature_dropout fill floor
 frac full_like gelu hardshrink hardsigmoid hardswish hardtanh isfinite isinf isnan leaky_relu lift_fresh_copy log
 log10 log1p log2 log_sigmoid logical_not logit mish nan_to_num neg negative ones_like positive rad2deg reciprocal relu
@@ -17,7 +17,8 @@ relu6 round rsqrt selu sgn sigmoid sign silu sin sinh softplus softshrink softsi
 tanhshrink threshold to trunc type_as zeros_like _to_copy
 """
 _BINARY = """
-add addcdiv addcmul atan2 bitwise_and bitwise_or bitwise_xor copy div divide eq floor_divide fmax fmin fmod ge gt
+add addcdiv addcmul atan2 bitwise_and bitwise_or bitwise_xor clamp clamp_max clamp_min clip copy
+div divide eq floor_divide fmax fmin fmod ge gt
 greater hypot le less lerp logaddexp logical_and logical_or logical_xor lt masked_fill maximum minimum mul multiply ne
 pow remainder rsub sub subtract true_divide where xlogy
 """

@@ -148,7 +148,7 @@ def embedding(analysis: Analysis, node: fx.Node) -> Axes:
 
 def outer(analysis: Analysis, node: fx.Node) -> Axes:
     """[n] x [m] -> [n, m]."""
-    first, second = (analysis.axes(n) for n in node.all_input_nodes[:2])
+    first, second = (analysis.axes(n) for n in node.args[:2])
     analysis.costs(node)
     return (*first, *second)
 
@@ -183,7 +183,8 @@ def cosine_similarity(analysis: Analysis, node: fx.Node) -> Axes:
 def grid_sample(analysis: Analysis, node: fx.Node) -> Axes:
     """Each channel is read at the same places [N, .., 2 or 3]."""
     x, grid = analysis.need(node, "input"), analysis.need(node, "grid")
-    slide(analysis, node, (*x[2:], *grid))
+    analysis.same(x[0], grid[0], node)
+    slide(analysis, node, (*x[2:], *grid[1:]))
     return (*x[:2], *analysis.fixed(node, slice(2, None)))
 
 

@@ -32,6 +32,14 @@ def reshape(analysis: Analysis, node: fx.Node) -> Axes:
     return tuple(analysis.atoms.merge(*(next(found) for _ in parts)) for parts in outs)
 
 
+def reshape_like(analysis: Analysis, node: fx.Node) -> Axes:
+    """Reshaped to the sizes of another tensor, which must stay those of this one."""
+    axes = reshape(analysis, node)
+    for mine, theirs in zip(axes, analysis.axes(node.args[1])):
+        analysis.same(mine, theirs, node)
+    return axes
+
+
 @dataclass(frozen=True)
 class _Part:
     """A factor of a dimension. `size` is that of the example; `label` stands for the true size, and differs between
@@ -218,7 +226,8 @@ def channel_shuffle(analysis: Analysis, node: fx.Node) -> Axes:
 
 
 SHAPE_RULES = {
-    **rows("view reshape _unsafe_view flatten unflatten view_as reshape_as ravel", reshape),
+    **rows("view reshape _unsafe_view flatten unflatten ravel", reshape),
+    **rows("view_as reshape_as", reshape_like),
     **rows("permute transpose t movedim moveaxis swapaxes swapdims numpy_T mT matrix_H adjoint", permute),
     **rows("squeeze", squeeze),
     **rows("unsqueeze", unsqueeze),
