@@ -14,9 +14,11 @@ from torch import fx
 from torch.utils import _pytree as pytree
 
 from ..errors import CaptureError
+from .functionalize import AUTOCAST
 from .program import Program
 
-_BOUNDS = {torch.float16: 2e-2, torch.bfloat16: 5e-2}  # of the largest value; 1e-3 for wider numbers
+_BOUND = 1e-3  # of the largest value
+_BOUNDS = {torch.float16: 2e-2, torch.bfloat16: 5e-2}  # for narrower numbers
 _ODD = 0.01  # share of whole numbers that may differ: what is sorted or rounded may be a tie
 _DROPOUTS = ("aten.dropout", "aten.feature_dropout", "aten.alpha_dropout", "aten.feature_alpha_dropout")
 
@@ -27,15 +29,17 @@ def check_same(program: Program, expected: Any, again: Callable[[], Any]) -> Non
     Nothing is said of programs that draw random numbers, nor of modules that give something else each time: `again`
     runs the module once more, where the first results are not met.
     """
-    if any(map(_draws, program.graph.nodes)):
+    if draws_random(program):
         return
+    narrow = program.graph_module.meta.get(AUTOCAST)
+    least = _BOUNDS.get(narrow, _BOUND)
     with torch.no_grad():
         ours = list(program.call_example())
-    if _difference(ours, expected) is None:
+    if _difference(ours, expected, least) is None:
         return
     second = again()
-    found = _difference(ours, second)
-    if found is not None and _difference(_tensors(expected), second) is None:
+    found = _difference(ours, second, least)
+    if found is not None and _difference(_tensors(expected), second, least) is None:
         raise CaptureError(
             f"the captured graph does not compute what the module computes: {found}",
             hint="this is a fault of fxpress: report it with the model; until then, write as plain expressions what "
@@ -43,8 +47,12 @@ def check_same(program: Program, expected: Any, again: Callable[[], Any]) -> Non
         )
 
 
+def draws_random(program: Program) -> bool:
+    """Does a program draw random numbers, in evaluation too?"""
+    return any(map(_draws, program.graph.nodes))
+
+
 def _draws(node: fx.Node) -> bool:
-    """Does a node draw random numbers, in evaluation too?"""
     tags = getattr(node.target, "tags", ())
     if torch.Tag.nondeterministic_seeded not in tags:
         return False
@@ -55,8 +63,8 @@ def _tensors(results: Any) -> list[torch.Tensor]:
     return [r for r in pytree.tree_leaves(results) if isinstance(r, torch.Tensor)]
 
 
-def _difference(ours: list[torch.Tensor], results: Any) -> str | None:
-    """How the first output that differs does so; None where all are the same."""
+def _difference(ours: list[torch.Tensor], results: Any, bound: float) -> str | None:
+    """How the first output that differs does so; None where all are the same, within `bound` or that of their dtype."""
     theirs = _tensors(results)
     if len(ours) != len(theirs):
         return f"{len(ours)} tensors instead of {len(theirs)}"
@@ -69,7 +77,7 @@ def _difference(ours: list[torch.Tensor], results: Any) -> str | None:
             close = (x == y) | (x.isnan() & y.isnan())
             largest = float(y[y.isfinite()].abs().max()) if y.isfinite().any() else 0.0
             worst = float((x - y).abs()[~close].nan_to_num(nan=float("inf")).max()) if not bool(close.all()) else 0.0
-            if worst > _BOUNDS.get(a.dtype, 1e-3) * largest:
+            if worst > max(bound, _BOUNDS.get(b.dtype, 0.0)) * largest:
                 return f"output {i} differs by {worst:.3g} where the largest value is {largest:.3g}"
         elif a.numel() and float((a != b).double().mean()) > _ODD:
             return f"{float((a != b).double().mean()):.0%} of output {i} differ"

@@ -28,8 +28,8 @@ from ..errors import CaptureError, DataError, first_line
 from .agreement import check_same
 from .aliases import use_canonical_names
 from .composites import write_out_composites
-from .functionalize import UPDATED, functionalize
-from .program import Program, delete_attribute, describe_tensors
+from .functionalize import AUTOCAST, UPDATED, functionalize
+from .program import Program, delete_attribute, describe_tensors, dtype_name, source_of
 
 BATCH = "batch"
 _LIBRARY_PARTS = ("/torch/", str(Path(__file__).parent), "<")
@@ -67,11 +67,16 @@ def capture(
 
 def notes_of(program: Program) -> list[str]:
     """What people should know of a captured program."""
-    updated = program.graph_module.meta.get(UPDATED)
-    if not updated:
-        return []
-    return [f"the model writes into {', '.join(updated)} as it runs; the program does not: each call starts from what "
-            "they were at capture"]  # fmt: skip
+    updated, autocast = (program.graph_module.meta.get(key) for key in (UPDATED, AUTOCAST))
+    notes = []
+    if updated:
+        notes.append(
+            f"the model writes into {', '.join(updated)} as it runs; the program does not: each call starts from what "
+            "they were at capture"
+        )
+    if autocast:
+        notes.append(f"what the model computes in {dtype_name(autocast)} under autocast has its weights' dtype here")
+    return notes
 
 
 def program_from_exported(
@@ -83,6 +88,7 @@ def program_from_exported(
     graph_module = exported.module(check_guards=False)
     if example_leaves is None:
         example_leaves = tuple(pytree.tree_leaves(exported.example_inputs))
+    _check_sizes(graph_module)
     use_canonical_names(graph_module)
     functionalize(graph_module)
     write_out_composites(graph_module)
@@ -276,6 +282,20 @@ def _output_names(graph_module: fx.GraphModule, outputs: list[fx.Node]) -> list[
 def _path_name(path: tuple[Any, ...]) -> str:
     keys = [str(getattr(k, "key", getattr(k, "name", ""))) for k in path]
     return "_".join(k for k in keys if k)
+
+
+def _check_sizes(graph_module: fx.GraphModule) -> None:
+    """Sizes may depend on those of the inputs, not on their values: no runtime could plan for them."""
+    for node in graph_module.graph.nodes:
+        for value in pytree.tree_leaves(node.meta.get("val")):
+            sizes = value.shape if isinstance(value, torch.Tensor) else ()
+            if any(isinstance(s, torch.SymInt) and s.node.hint is None for s in sizes):
+                raise CaptureError(
+                    f"a size depends on data: {node.name} ({node.target}) gives {list(value.shape)}",
+                    where=source_of(node),
+                    hint="keep all values and multiply them by the mask, or use torch.where or topk; or capture the "
+                    "part before this line on its own",
+                )
 
 
 def _drop_counters(graph_module: fx.GraphModule) -> None:

@@ -89,8 +89,8 @@ def _repeat(g: _Writer, x: Any, repeats: Any) -> fx.Node | None:
     return g(aten.expand.default, x, [n if one else -1 for one, n in zip(ones, repeats)])
 
 
-def _with_mean(spread: Any) -> Callable[..., tuple[fx.Node, fx.Node]]:
-    """The variance (or deviation) and the mean, over the same dims."""
+def _with_mean(spread: Any, over_all: bool = False) -> Callable[..., tuple[fx.Node, fx.Node]]:
+    """The variance (or deviation) and the mean, over the same dims. `over_all`: of the overload without dims."""
 
     def write(
         g: _Writer, x: Any, dim: Any = None, unbiased: bool = True, keepdim: bool = False, correction: Any = None
@@ -98,6 +98,8 @@ def _with_mean(spread: Any) -> Callable[..., tuple[fx.Node, fx.Node]]:
         correction = int(unbiased) if correction is None else correction
         return g(spread, x, dim, correction=correction, keepdim=keepdim), g(aten.mean.dim, x, dim, keepdim)
 
+    if over_all:
+        return lambda g, x, unbiased=True: write(g, x, None, unbiased)
     return write
 
 
@@ -110,6 +112,8 @@ _COMPOSITES: dict[Any, Callable[..., Any]] = {
     aten.repeat.default: _repeat,
     **dict.fromkeys((aten.var_mean.correction, aten.var_mean.dim), _with_mean(aten.var.correction)),
     **dict.fromkeys((aten.std_mean.correction, aten.std_mean.dim), _with_mean(aten.std.correction)),
+    aten.var_mean.default: _with_mean(aten.var.correction, over_all=True),
+    aten.std_mean.default: _with_mean(aten.std.correction, over_all=True),
 }
 
 

@@ -1,7 +1,8 @@
 """Make an exported graph functional: no in-place op, no hidden subgraph, no assertion.
 
 Rules:
-1. A nested `set_grad_enabled` or `autocast` graph is inlined.
+1. A nested `set_grad_enabled` or `autocast` graph is inlined. What was under autocast is computed in the dtype of its
+   weights: how few bits numbers have is for the passes to say.
 2. `relu_(x)` and its kind become `relu(x)`, and everything that reads `x` afterwards, or whatever shares its memory,
    reads the result (writes.py).
 3. Assertions, `detach`, `alias` and `lift_fresh_copy` vanish.
@@ -18,9 +19,10 @@ import torch
 from torch import fx
 
 from .program import get_attribute
-from .writes import replace_writes
+from .writes import fake_values, replace_writes
 
 UPDATED = "fxpress_updated"  # in meta: names of buffers and parameters that the model writes into as it runs
+AUTOCAST = "fxpress_autocast"  # in meta: the dtype of a region that the model computes under autocast
 
 aten = torch.ops.aten
 
@@ -42,8 +44,12 @@ _ASSERTIONS = {
 
 def functionalize(graph_module: fx.GraphModule) -> None:
     """Apply the rules in place."""
-    _inline_wrappers(graph_module)
+    lowered = _inline_wrappers(graph_module)
     _drop_transparent(graph_module.graph)
+    if lowered:
+        graph_module.meta[AUTOCAST] = lowered[0]
+        for node, value in fake_values(graph_module).items():
+            node.meta["val"] = value
     updated = replace_writes(graph_module)
     if updated:
         graph_module.meta[UPDATED] = updated
@@ -56,15 +62,18 @@ def functionalize(graph_module: fx.GraphModule) -> None:
     graph_module.graph.lint()
 
 
-def _inline_wrappers(graph_module: fx.GraphModule) -> None:
-    graph = graph_module.graph
+def _inline_wrappers(graph_module: fx.GraphModule) -> list[torch.dtype]:
+    """Returns the dtypes of the autocast regions that there were."""
+    graph, lowered = graph_module.graph, []
     for node in list(graph.nodes):
         name = getattr(node.target, "__name__", str(node.target))
         if node.op == "call_function" and name in ("wrap_with_set_grad_enabled", "wrap_with_autocast"):
             place = next(i for i, a in enumerate(node.args) if isinstance(a, fx.Node) and a.op == "get_attr")
             body = get_attribute(graph_module, str(node.args[place].target))
-            _inline_wrappers(body)
+            lowered += [node.args[1]] if name == "wrap_with_autocast" and node.args[2] else []
+            lowered += _inline_wrappers(body)
             _inline(graph_module, node, body, list(node.args[place + 1 :]))
+    return lowered
 
 
 def _inline(graph_module: fx.GraphModule, node: fx.Node, body: fx.GraphModule, operands: list[Any]) -> None:

@@ -21,6 +21,7 @@ from torch import fx
 from torch._guards import detect_fake_mode
 
 from ..errors import CaptureError
+from .aliases import canonical
 from .program import source_of
 
 aten = torch.ops.aten
@@ -112,7 +113,7 @@ def _out_of_place(node: fx.Node) -> Any:
     overload = getattr(getattr(aten, plain, None), schema.overload_name or "default", None)
     if overload is None:
         raise _unknown(node)
-    return overload
+    return canonical(overload)
 
 
 def _without_out(node: fx.Node) -> Any:
@@ -152,20 +153,25 @@ def _examples(graph_module: fx.GraphModule) -> dict[fx.Node, Any]:
     strict = [n for n in nodes if _is_view_op(n) and _storages(examples[n]) and _storages(examples[n.args[0]])]
     if all(_storages(examples[n]) & _storages(examples[n.args[0]]) for n in strict):
         return examples
-    mode = detect_fake_mode([examples[n] for n in nodes if n.op == "placeholder"])
+    return fake_values(graph_module)
+
+
+def fake_values(graph_module: fx.GraphModule) -> dict[fx.Node, Any]:
+    """What each node gives for the examples of the placeholders, computed anew on fake tensors."""
+    inputs = [n.meta.get("val") for n in graph_module.graph.nodes if n.op == "placeholder"]
+    mode = detect_fake_mode(inputs)
     assert mode is not None
     seen: dict[fx.Node, Any] = {}
 
     class Run(fx.Interpreter):
         def get_attr(self, target: Any, args: Any, kwargs: Any) -> Any:
             value = super().get_attr(target, args, kwargs)
-            return mode.from_tensor(value) if isinstance(value, torch.Tensor) else value
+            return mode.from_tensor(value, static_shapes=True) if isinstance(value, torch.Tensor) else value
 
         def run_node(self, n: fx.Node) -> Any:
             seen[n] = super().run_node(n)
             return seen[n]
 
-    inputs = [examples[n] for n in nodes if n.op == "placeholder"]
     with mode, torch.no_grad():
         Run(graph_module, garbage_collect_values=False).run(*inputs, enable_io_processing=False)
     return seen

@@ -89,6 +89,21 @@ def test_what_is_random_or_counts_its_calls_is_captured():
         assert program.outputs[0].dims == ("batch", 3)
 
 
+def test_what_is_random_is_pruned_and_says_that_it_was_not_compared():
+    class Sampled(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a, self.b, self.c = nn.Linear(12, 32), nn.Linear(32, 16), nn.Linear(8, 4)
+
+        def forward(self, x):
+            mean, spread = self.b(self.a(x).relu()).chunk(2, 1)
+            return self.c(mean + torch.randn_like(mean) * spread.exp())
+
+    pruned = fxpress.run_passes(fxpress.capture(Sampled(), torch.randn(4, 12)), "cleanup,prune{ratio=0.5}")
+    assert pruned.state_dict()["a.weight"].shape[0] == 16
+    assert any("draws random numbers" in n for record in pruned.log for n in record.notes)
+
+
 def test_the_inputs_that_a_model_writes_into_stay_the_users():
     class InPlace(nn.Module):
         def forward(self, x):
@@ -168,6 +183,40 @@ class Holding(nn.Module):
         return x * 2
 
 
+@pytest.mark.parametrize("function", [lambda x: x[x.sum(1) > 0], lambda x: x.sum(1).nonzero() * 2])
+def test_sizes_that_depend_on_data_are_an_error_with_the_line(function):
+    class Chosen(nn.Module):
+        def forward(self, x):
+            return function(x)
+
+    with pytest.raises(CaptureError, match="a size depends on data") as error:
+        fxpress.capture(Chosen(), torch.randn(4, 3))
+    assert "test_agreement.py" in str(error.value)
+
+
 def test_inputs_that_require_gradients_are_only_examples():
     program = fxpress.capture(nn.Linear(3, 3), torch.randn(2, 3, requires_grad=True))
     assert not program.example_inputs[0].requires_grad
+
+
+class Autocast(nn.Module):
+    def __init__(self, widen):
+        super().__init__()
+        self.a, self.b, self.widen = nn.Linear(6, 32), nn.Linear(32, 3), widen
+
+    def forward(self, x):
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            y = self.b(self.a(x).relu())
+            y = y * torch.sigmoid(y)
+        return y.float() if self.widen else y
+
+
+@pytest.mark.parametrize("widen", [False, True])
+def test_what_is_under_autocast_has_the_dtype_of_its_weights(widen):
+    module, x = Autocast(widen).eval(), torch.randn(4, 6)
+    program = fxpress.capture(module, x)
+    assert program.outputs[0].dtype == "float32"
+    assert program(x).dtype == torch.float32
+    torch.testing.assert_close(program(x), module(x).float(), rtol=0.05, atol=0.02)
+    assert "bfloat16 under autocast" in notes_of(program)[0]
+    assert fxpress.compile(module, (x,), calibration=[x]).kept

@@ -187,6 +187,14 @@ def _kept_dtype(y):
     return counts + half * 2, flags
 
 
+def _logical(y):
+    """`&=` is an op of its own in place."""
+    chosen = y > -0.5
+    chosen &= y < 0.5
+    chosen[:, 1:] |= y[:, 1:] > 1
+    return chosen
+
+
 def _owner_written_then_view(y):
     part = y[:, 1:]
     y *= 2
@@ -213,7 +221,7 @@ VIEWS = {
     "strided": lambda y: y[:, ::2].neg_(),
     "last": lambda y: y[..., -1].copy_(y[..., 0]),
 }
-FUNCTIONS = [_decode, _nested, _chunks, _unbound, _out, _dropout, _no_view, _kept_dtype, _owner_written_then_view, *VIEWS]
+FUNCTIONS = [_decode, _nested, _chunks, _unbound, _out, _dropout, _no_view, _kept_dtype, _logical, _owner_written_then_view, *VIEWS]
 
 
 @pytest.mark.parametrize("function", FUNCTIONS, ids=lambda f: f if isinstance(f, str) else f.__name__.strip("_"))

@@ -56,9 +56,6 @@ _BITWISE = {
     "bitwise_and": "And",
     "bitwise_or": "Or",
     "bitwise_xor": "Xor",
-    "__and__": "And",
-    "__or__": "Or",
-    "__xor__": "Xor",
 }
 
 

@@ -17,9 +17,16 @@ Dtype: TypeAlias = torch.dtype | None
 
 @row("aten.arange.default", "aten.arange.start", "aten.arange.start_step")
 def arange(g: Emitter, end: Number, dtype: Dtype, start: Number = 0, step: Number = 1) -> Value:
-    """Range in the result's type."""
+    """Range in the result's type.
+
+    One that falls is start less one that rises: ONNX Runtime 1.31 makes a Slice of a Gather by a Range, where an end of
+    -1 would mean the last element.
+    """
     kind = g.result.dtype
-    return g.op("Range", g.number(start, kind), g.number(end, kind), g.number(step, kind))
+    first, last = g.number(start, kind), g.number(end, kind)
+    if not isinstance(step, (int, float)) or step > 0:
+        return g.op("Range", first, last, g.number(step, kind))
+    return g.op("Sub", first, g.op("Range", g.number(0, kind), g.op("Sub", first, last), g.number(-step, kind)))
 
 
 @row("aten.full.default")

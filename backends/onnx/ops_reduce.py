@@ -127,31 +127,6 @@ def std(
     return g.op("Sqrt", var(g, x, dim, correction, keepdim, unbiased))
 
 
-@row("aten.var_mean.correction", "aten.var_mean.dim", "aten.var_mean.default")
-def var_mean(
-    g: Emitter,
-    x: Operand,
-    dim: Dims = None,
-    correction: Number | None = None,
-    keepdim: bool = False,
-    unbiased: bool = True,
-) -> tuple[Value, Value]:
-    return _variance(g, x, _axes(g, x, dim), _correction(correction, unbiased), keepdim)
-
-
-@row("aten.std_mean.correction", "aten.std_mean.dim", "aten.std_mean.default")
-def std_mean(
-    g: Emitter,
-    x: Operand,
-    dim: Dims = None,
-    correction: Number | None = None,
-    keepdim: bool = False,
-    unbiased: bool = True,
-) -> tuple[Value, Value]:
-    variance, average = var_mean(g, x, dim, correction, keepdim, unbiased)
-    return g.op("Sqrt", variance), average
-
-
 # -- extrema --------------------------------------------------------------------------------------------------------
 
 
