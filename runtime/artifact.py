@@ -22,7 +22,7 @@ from .atomic import check_writable, replace_folder
 from .manifest import FLOAT_MODEL, MODEL, Manifest, is_artifact
 from .model_file import ModelFile, external_data
 from .report.page import render_page
-from .report.words import comparison, percent
+from .report.words import comparison, far_from_float, percent
 
 REPORT = "report.json"
 PAGE = "report.html"
@@ -72,7 +72,8 @@ class Artifact:
         rows = [f"  {r.label:<12} {r.before:>10}  ->  {r.after:>10}   {r.change}" for r in comparison(self.report)]
         coverage = f"  {'coverage':<12} {percent(self.report['coverage']['integer_macs'])} of MACs in integer kernels"
         missed = [f"  MISSED {p['name']}: {p['detail']}" for p in self.report["promises"] if not p["kept"]]
-        return "\n".join([head, *rows, coverage, *missed])
+        far = far_from_float(self.report)
+        return "\n".join([head, *rows, coverage, *missed, *([f"  NOTE {far}"] if far else [])])
 
 
 def check_output(folder: str | Path) -> None:

@@ -12,6 +12,8 @@ import time
 import zlib
 
 import pytest
+import torch
+from torch import nn
 
 import fxpress
 from fxpress.errors import ArtifactError, OutputError
@@ -277,3 +279,22 @@ def test_a_killed_writer_leaves_the_old_folder_or_the_new_one(tmp_path, delay):
     assert {p.name for p in target.iterdir()} == {"mine", "big"}
     assert leftovers(tmp_path) == []
     assert os.path.isdir(target)
+
+
+@pytest.mark.parametrize(
+    ("times", "recipe", "said"), [(1, "int8", None), (1000, "int8", "int8-accurate"), (1000, "int8-accurate", None)]
+)
+def test_outputs_far_from_those_of_float_are_said(times, recipe, said):
+    """One channel a thousand times as large as the others, which its reader takes back: one scale for all loses them."""
+    torch.manual_seed(0)
+    first, second = nn.Conv2d(3, 16, 3, padding=1), nn.Conv2d(16, 16, 3, padding=1)
+    with torch.no_grad():
+        first.weight[0] *= times
+        second.weight[:, 0] /= times
+    model = nn.Sequential(first, nn.ReLU(), second, nn.Conv2d(16, 4, 1))
+    data = [torch.randn(4, 3, 6, 6) for _ in range(4)]
+    artifact = fxpress.compile(model, (data[0][:2],), calibration=data, recipe=recipe)
+    page = render_page(artifact.report)
+    assert ("NOTE the outputs are far from the float model's" in repr(artifact)) == bool(said)
+    assert ("far from the float model" in page) == bool(said)
+    assert said is None or said in repr(artifact)

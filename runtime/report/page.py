@@ -8,9 +8,20 @@ from typing import Any
 from jinja2 import Environment, StrictUndefined
 from markupsafe import Markup
 
-from .words import comparison, count, milliseconds, number, percent, pinned_kinds, size, speed, times
+from .words import (
+    GOOD_DB,
+    comparison,
+    count,
+    far_from_float,
+    milliseconds,
+    number,
+    percent,
+    pinned_kinds,
+    size,
+    speed,
+    times,
+)
 
-_GOOD_SQNR = 15.0
 _FULL_SQNR = 50.0
 
 
@@ -31,6 +42,7 @@ def render_page(report: dict[str, Any]) -> str:
         size=size,
         bar=_bar,
         pinned_kinds=pinned_kinds,
+        far_from_float=far_from_float,
     )
 
 
@@ -68,7 +80,7 @@ def _bar(decibel: float | None) -> Markup:
     if decibel is None:
         return Markup("–")
     width = min(max(decibel / _FULL_SQNR, 0.0), 1.0) * 100
-    tone = " low" if decibel < _GOOD_SQNR else ""
+    tone = " low" if decibel < GOOD_DB else ""
     return Markup('<span class="bar{}"><span style="width:{}%"></span></span>{}').format(
         tone, f"{width:.0f}", f"{decibel:.1f}"
     )

@@ -62,6 +62,21 @@ def speed(ratio: float | None) -> str:
     return f"{times(ratio)} faster" if ratio >= 0.995 else f"{times(1 / ratio)} slower"
 
 
+GOOD_DB = 15.0  # an SQNR below it is worth a look
+
+
+def far_from_float(report: dict[str, Any]) -> str | None:
+    """What to try where integers alone (nothing was pruned) took the outputs far from the float model's."""
+    noise, integers = report["sqnr_db"], report["coverage"]["integer_macs"]
+    if noise is None or noise >= GOOD_DB or not integers or report["pruning"]:
+        return None
+    accurate = "" if "learn-rounding" in report["pipeline"] else "the recipe int8-accurate, or "
+    return (
+        f"the outputs are far from the float model's (SQNR {decibel(noise)} dB); try {accurate}max_drop with a metric, "
+        "which leaves in float what harms most"
+    )
+
+
 @dataclass(frozen=True)
 class Row:
     """One line of the comparison of float and compiled."""
