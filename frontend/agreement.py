@@ -20,7 +20,6 @@ from .program import Program
 _BOUND = 1e-3  # of the largest value
 _BOUNDS = {torch.float16: 2e-2, torch.bfloat16: 5e-2}  # for narrower numbers
 _ODD = 0.01  # share of whole numbers that may differ: what is sorted or rounded may be a tie
-_DROPOUTS = ("aten.dropout", "aten.feature_dropout", "aten.alpha_dropout", "aten.feature_alpha_dropout")
 
 
 def check_same(program: Program, expected: Any, again: Callable[[], Any]) -> None:
@@ -53,10 +52,19 @@ def draws_random(program: Program) -> bool:
 
 
 def _draws(node: fx.Node) -> bool:
-    tags = getattr(node.target, "tags", ())
-    if torch.Tag.nondeterministic_seeded not in tags:
+    if torch.Tag.nondeterministic_seeded not in getattr(node.target, "tags", ()):
         return False
-    return not (str(node.target).startswith(_DROPOUTS) and not node.args[2])
+    # dropout, recurrent layers and attention bear the tag as well: they draw where they are told to
+    return all(_given(node, name) for name in ("train", "training", "dropout_p"))
+
+
+def _given(node: fx.Node, name: str) -> Any:
+    """The argument of that name, True where an op has none."""
+    for i, argument in enumerate(node.target._schema.arguments):  # type: ignore[union-attr]
+        if argument.name == name:
+            default = node.kwargs.get(name, argument.default_value)
+            return node.args[i] if i < len(node.args) else default
+    return True
 
 
 def _tensors(results: Any) -> list[torch.Tensor]:

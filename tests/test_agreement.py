@@ -13,7 +13,7 @@ from torch.nn import functional as F
 import fxpress
 from fxpress.errors import CaptureError
 from fxpress.frontend import capture as capturing
-from fxpress.frontend.agreement import check_same
+from fxpress.frontend.agreement import check_same, draws_random
 from fxpress.frontend.capture import notes_of
 
 
@@ -87,6 +87,30 @@ def test_what_is_random_or_counts_its_calls_is_captured():
     for module in (Noisy(), Dropped(), Counting()):
         program = fxpress.capture(module, torch.randn(2, 3))
         assert program.outputs[0].dims == ("batch", 3)
+
+
+@pytest.mark.parametrize(
+    ("function", "random"),
+    [
+        (lambda x: torch.rand_like(x), True),
+        (lambda x: F.dropout(x, 0.5, True), True),
+        (lambda x: F.dropout(x, 0.5, False), False),
+        (lambda x: F.rrelu(x, training=False), False),
+        (lambda x: F.scaled_dot_product_attention(x, x, x), False),
+        (lambda x: F.scaled_dot_product_attention(x, x, x, dropout_p=0.1), True),
+        (lambda x: x + torch.bernoulli(x.sigmoid()), True),
+    ],
+)
+def test_who_draws_random_numbers(function, random):
+    class Draw(nn.Module):
+        def forward(self, x):
+            return function(x)
+
+    assert draws_random(fxpress.capture(Draw(), torch.randn(2, 5, 6))) == random
+
+
+def test_recurrent_layers_draw_nothing():
+    assert not draws_random(fxpress.capture(nn.LSTM(6, 4, 2, dropout=0.5, batch_first=True), torch.randn(2, 5, 6)))
 
 
 def test_what_is_random_is_pruned_and_says_that_it_was_not_compared():
