@@ -111,13 +111,19 @@ def _taken_by_torch(g: Emitter, sizes: Sequence[tuple[int, int]], factors: Seque
 def _scale_that_takes(
     g: Emitter, size: tuple[int, int], factor: float | None, taken: list[int], exact: bool
 ) -> float | None:
-    """A scale with which ONNX Runtime takes these elements: torch multiplies by 1 / scale, it divides by the scale."""
+    """A scale with which ONNX Runtime takes these elements: torch multiplies by 1 / scale, it divides by the scale.
+
+    None as well where a position is so near to the next element that rounding errors decide.
+    """
     before, after = size
-    half = np.float32(0.5 if exact else 0.0)
+    half = np.float32(0.5 if exact else 0)
     for candidate in (None, factor):
         scale = _scale(g, before, after, candidate)
         places = (np.arange(after, dtype=np.float32) + half) / np.float32(scale) - half
-        if np.floor(places.astype(np.float64) + half).clip(max=before - 1).tolist() == taken:
+        rounded = places.astype(np.float64) + half  # whose floor is the element
+        near = np.abs(rounded - np.round(rounded))
+        is_sure = ((near == 0) | (near > 4 * np.spacing(np.abs(places) + 1))).all()
+        if is_sure and np.floor(rounded).clip(max=before - 1).tolist() == taken:
             return scale
     return None
 
