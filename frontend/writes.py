@@ -13,7 +13,7 @@ is how torch functionalizes below autograd, done here on the graph, where ops ar
 from __future__ import annotations
 
 import operator
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -192,6 +192,7 @@ class _Memory:
         self.examples = _examples(graph_module)
         self.bases: dict[fx.Node, tuple[fx.Node, ...]] = {}  # what a node is a view of
         self.same: set[fx.Node] = set()  # aliases that are their base, as it is
+        self.owners: dict[fx.Node, tuple[fx.Node, ...]] = {}
         self.writes: dict[fx.Node, int] = {}  # owner of memory -> how often it was written
         self.asked: dict[fx.Node, tuple[Any, Any]] = {}  # arguments as the user wrote them
         self.current: dict[fx.Node, fx.Node] = {}
@@ -233,14 +234,15 @@ class _Memory:
             if shared:
                 self.bases[node] = tuple(shared) if isinstance(self.examples[node], (list, tuple)) else (shared[0],)
 
-    def _owners(self, node: fx.Node) -> Iterator[fx.Node]:
-        if node not in self.bases:
-            yield node
-        for base in self.bases.get(node, ()):
-            yield from self._owners(base)
+    def _owned_by(self, node: fx.Node) -> tuple[fx.Node, ...]:
+        """Who owns the memory of a node. (Asked for in graph order, so that all its bases are known.)"""
+        if node not in self.owners:
+            found = [owner for base in self.bases.get(node, ()) for owner in self._owned_by(base)]
+            self.owners[node] = tuple(dict.fromkeys(found)) or (node,)
+        return self.owners[node]
 
     def _now(self, node: fx.Node) -> tuple[int, ...]:
-        return tuple(self.writes.get(owner, 0) for owner in self._owners(node))
+        return tuple(self.writes.get(owner, 0) for owner in self._owned_by(node))
 
     def _read(self, node: fx.Node, before: fx.Node) -> fx.Node:
         """The node that holds what `node` is worth at `before`; views that are out of date are taken again."""
@@ -281,8 +283,9 @@ class _Memory:
             updates.append((base, value))
             view = base
         self.writes[view] = self.writes.get(view, 0) + 1
-        self.bases[node] = (written,)
+        self.bases[node] = self.bases[written] if written in self.same else (written,)
         self.same.add(node)
+        self.owners.pop(node, None)  # until now it had memory of its own
         for alias, now_worth in [*updates, (node, updates[0][1])]:
             self.current[alias], self.stamp[alias] = now_worth, self._now(alias)
 

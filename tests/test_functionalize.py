@@ -282,6 +282,21 @@ def test_what_reads_before_a_write_and_after_it() -> None:
         torch.testing.assert_close(fxpress.capture(Net(seed), (x,), dynamic_batch=False)(x), walk(x, seed))
 
 
+def test_many_writes_into_one_tensor() -> None:
+    """As an unrolled loop makes them: neither deep nor slow."""
+
+    class Loop(nn.Module):
+        def forward(self, x):
+            y = torch.zeros(x.shape[0], 200)
+            for i in range(200):
+                y[:, i] = x[:, i % 4] * i
+                y += 1
+            return y
+
+    x = torch.randn(3, 4)
+    torch.testing.assert_close(fxpress.capture(Loop(), torch.randn(2, 4))(x), Loop()(x))
+
+
 def test_an_archive_that_lost_who_shares_memory(tmp_path):
     """torch.export.save keeps the ops, not the storages of its examples."""
 
