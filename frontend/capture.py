@@ -13,6 +13,7 @@ import copy
 import inspect
 import io
 import logging
+import re
 import traceback
 import warnings
 from collections.abc import Iterator
@@ -50,12 +51,19 @@ def capture(
     Raises `CaptureError` (what cannot be traced, and where) or `DataError` (inputs that are no inputs).
     """
     args, kwargs = _checked_inputs(module, args, kwargs)
+    given = args, kwargs
     if dynamic_batch:
         args, kwargs = _with_batch_of_two(args, kwargs)
     copied = _copy(module, share_weights)
     dynamic = _dynamic_shapes(copied, args, kwargs) if dynamic_batch else None
     with _quiet():
-        expected = _run(module, args, kwargs)
+        try:
+            expected = _run(module, args, kwargs)
+        except CaptureError as error:
+            if _batch_size(*given) == 1 and dynamic_batch:
+                _run(module, *given)  # if that fails too, the batch of two is not to blame
+                raise _no_batch_of_one(error) from error
+            raise
         exported = _export(copied, args, kwargs, dynamic)
         program = program_from_exported(exported, example_leaves=tuple(pytree.tree_leaves((args, kwargs))))
         check_same(program, expected, lambda: _run(module, args, kwargs))
@@ -143,6 +151,15 @@ def _with_batch_of_two(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[t
     return pytree.tree_map(lambda x: torch.cat([x, x]) if _has_batch(x, 1) else x, (args, kwargs))
 
 
+def _no_batch_of_one(error: CaptureError) -> CaptureError:
+    return CaptureError(
+        f"the model runs on the example inputs, but not with a batch of two of them: {error.message}",
+        where=error.where,
+        hint="the batch is the first size of the first input, here 1: give two examples, or, if that is no batch, "
+        "fxpress.capture(..., dynamic_batch=False)",
+    )
+
+
 def _has_batch(x: Any, batch: int) -> bool:
     return isinstance(x, torch.Tensor) and x.ndim > 0 and x.shape[0] == batch
 
@@ -213,8 +230,10 @@ def _capture_error(error: Exception) -> CaptureError:
     text = str(error)
     name = type(error).__name__
     if "specialized" in text or "ConstraintViolation" in name or "Constraints violated" in text:
+        condition = _condition(text)
+        fixed = f"the model fixes the batch size: {first_line(error)}"
         return CaptureError(
-            f"the model fixes the batch size: {first_line(error)}",
+            f"the model does not take every batch size: it needs {condition}" if condition else fixed,
             where=_user_line(error) or _line_in_text(text),
             hint="use x.shape[0] or -1 instead of a number in view/reshape, or capture with dynamic_batch=False",
         )
@@ -229,6 +248,12 @@ def _capture_error(error: Exception) -> CaptureError:
         where=_user_line(error) or _line_in_text(text),
         hint="change this line to plain tensor operations, or capture a submodule that leaves it out",
     )
+
+
+def _condition(text: str) -> str | None:
+    """What torch found that the batch must fulfil, in the user's words."""
+    found = re.search(r"generated guard ([^\n]+?)(?:\.Specializ|\.?\n|$)", text)
+    return re.sub(r"L\['[^']*'\](\[[^\]]*\])*\.size\(\)\[0\]", BATCH, found[1]) if found else None
 
 
 def _user_line(error: BaseException) -> str | None:

@@ -244,3 +244,30 @@ def test_what_is_under_autocast_has_the_dtype_of_its_weights(widen):
     torch.testing.assert_close(program(x), module(x).float(), rtol=0.05, atol=0.02)
     assert "bfloat16 under autocast" in notes_of(program)[0]
     assert fxpress.compile(module, (x,), calibration=[x]).kept
+
+
+class Paired(nn.Module):
+    def forward(self, a, b):
+        u, v = torch.cat([a, b]).chunk(2, 0)
+        return (u - v).abs()
+
+
+def test_what_a_batch_may_be_is_said_in_the_users_words():
+    with pytest.raises(CaptureError, match=r"it needs .*batch.* == 2") as error:
+        fxpress.capture(Paired(), (torch.randn(4, 6), torch.randn(4, 6)))
+    assert "L['" not in error.value.message
+    assert "capture.py" not in str(error.value)
+
+
+def test_a_first_size_of_one_that_is_no_batch():
+    class Fixed(nn.Module):
+        def forward(self, scale, x):
+            return scale.view(1, 6) * x
+
+    with pytest.raises(CaptureError, match="not with a batch of two") as error:
+        fxpress.capture(Fixed(), (torch.randn(1, 6), torch.randn(4, 6)))
+    assert "dynamic_batch=False" in str(error.value)
+    program = fxpress.capture(Fixed(), (torch.randn(1, 6), torch.randn(4, 6)), dynamic_batch=False)
+    assert program.outputs[0].dims == (4, 6)
+    with pytest.raises(CaptureError, match="fails on the example inputs"):
+        fxpress.capture(Fixed(), (torch.randn(1, 5), torch.randn(4, 6)))
