@@ -94,7 +94,7 @@ def check_values(item: Pass, before: Program, after: Program) -> None:
     """Rule 4: the worst relative difference max|a - b| / max|b| over the outputs. Raises PassError above tolerance.
 
     A network may amplify rounding beyond any bound. Where float32 says no, float64 decides, and the allowance is then
-    at least ten times what rounding the network's own weights to float32 does to its outputs.
+    at least ten times what rounding the network's own weights does to its outputs.
     """
     if draws_random(before):
         return  # the passes change no draw, but in another order other numbers come
@@ -113,13 +113,15 @@ def check_values(item: Pass, before: Program, after: Program) -> None:
 
 
 def _rounded_weights(program: Program) -> Program:
-    """The program in float64 with every weight moved by up to one rounding of float32."""
+    """The program in float64 with every weight moved by up to one rounding of its own dtype."""
     copy = in_double(program)
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
-        for tensor in copy.parameters():
+        for own, tensor in zip(program.parameters(), copy.parameters()):
+            if not own.is_floating_point():
+                continue
             noise = torch.rand(tensor.shape, generator=generator, dtype=torch.float64) * 2 - 1
-            tensor.mul_(1 + noise.to(tensor.dtype) * 2.0**-24)
+            tensor.mul_(1 + noise * torch.finfo(own.dtype).eps / 2)
     return copy
 
 

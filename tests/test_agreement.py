@@ -271,3 +271,26 @@ def test_a_first_size_of_one_that_is_no_batch():
     assert program.outputs[0].dims == (4, 6)
     with pytest.raises(CaptureError, match="fails on the example inputs"):
         fxpress.capture(Fixed(), (torch.randn(1, 5), torch.randn(4, 6)))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_narrow_layers_inside_a_model_are_fused_and_pruned(dtype):
+    """The checks of passes compute in float64, and allow what the weights' own dtype rounds."""
+
+    class Narrow(nn.Module):
+        def __init__(self):
+            super().__init__()
+            block = nn.Sequential(nn.Conv2d(3, 16, 3), nn.BatchNorm2d(16), nn.ReLU(), nn.Conv2d(16, 16, 3))
+            torch.manual_seed(0)
+            block[1].running_mean.normal_()
+            block[1].running_var.uniform_(0.5, 2)
+            self.block, self.out = block.to(dtype), nn.Linear(16, 3)
+
+        def forward(self, x):
+            return self.out(self.block(x.to(dtype)).float().mean((2, 3)))
+
+    program = fxpress.capture(Narrow(), torch.randn(2, 3, 9, 9))
+    result = fxpress.run_passes(program, "cleanup,prune{ratio=0.5},verify-pruning,canonicalize,fuse-batchnorm")
+    assert not any("batch_norm" in str(n.target) for n in result.graph.nodes)
+    assert result.state_dict()["block.0.weight"].shape[0] == 8
+    assert result(torch.randn(2, 3, 9, 9)).shape == (2, 3)

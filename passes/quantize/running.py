@@ -109,7 +109,8 @@ def _replace_weight(program: Program, node: fx.Node, copied: fx.Node, weights: W
     if weights is None or node.op != "call_function" or len(node.args) < 2 or not is_constant(node.args[1]):
         return
     given = constant(program, node.args[1])
-    assert given is not None
+    if not isinstance(given, torch.Tensor):  # the branches of a torch.cond are constants too
+        return
     given = given.detach()
     used = weights(node, given)
     if used is not given:
