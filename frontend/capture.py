@@ -29,7 +29,7 @@ from ..errors import CaptureError, DataError, first_line
 from .agreement import check_same
 from .aliases import use_canonical_names
 from .composites import write_out_composites
-from .functionalize import AUTOCAST, UPDATED, functionalize
+from .functionalize import AUTOCAST, UPDATED, functionalize, resolve_masks
 from .program import Program, delete_attribute, describe_tensors, dtype_name, source_of
 
 BATCH = "batch"
@@ -96,9 +96,10 @@ def program_from_exported(
     graph_module = exported.module(check_guards=False)
     if example_leaves is None:
         example_leaves = tuple(pytree.tree_leaves(exported.example_inputs))
-    _check_sizes(graph_module)
     use_canonical_names(graph_module)
     functionalize(graph_module)
+    resolve_masks(graph_module)
+    _check_sizes(graph_module)
     write_out_composites(graph_module)
     _drop_counters(graph_module)
     program = Program(graph_module, example_leaves, (), ())

@@ -62,6 +62,53 @@ def functionalize(graph_module: fx.GraphModule) -> None:
     graph_module.graph.lint()
 
 
+def resolve_masks(graph_module: fx.GraphModule) -> None:
+    """A mask that no input has a part in chooses always the same: its positions are indices, their number is known."""
+    graph, found = graph_module.graph, 0
+    for node in graph.nodes:
+        if node.target is not aten.index.Tensor:
+            continue
+        chosen: list[Any] = []
+        for index in node.args[1]:
+            mask = _constant_mask(graph_module, index)
+            if mask is None:
+                chosen.append(index)
+                continue
+            for dim, positions in enumerate(mask.nonzero(as_tuple=True)):
+                name = f"{index.name}_positions_{found}_{dim}"
+                graph_module.register_buffer(name, positions)
+                with graph.inserting_before(node):
+                    chosen.append(graph.get_attr(name))
+            found += 1
+        node.args = (node.args[0], chosen)
+    if found:
+        for node, value in fake_values(graph_module).items():
+            node.meta["val"] = value
+
+
+def _constant_mask(graph_module: fx.GraphModule, node: Any) -> torch.Tensor | None:
+    """The value of a boolean tensor that depends on no input; None for any other."""
+    example = node.meta.get("val") if isinstance(node, fx.Node) else None
+    if not isinstance(example, torch.Tensor) or example.dtype is not torch.bool:
+        return None
+    needed: dict[fx.Node, Any] = {}
+    waiting = [node]
+    while waiting:
+        last = waiting.pop()
+        if last.op not in ("get_attr", "call_function"):
+            return None
+        if last not in needed:
+            needed[last] = None
+            waiting += last.all_input_nodes
+    for part in sorted(needed):
+        if part.op == "get_attr":
+            needed[part] = get_attribute(graph_module, str(part.target))
+        else:
+            args, kwargs = fx.map_arg((part.args, dict(part.kwargs)), needed.__getitem__)
+            needed[part] = part.target(*args, **kwargs)  # type: ignore[operator]
+    return needed[node]
+
+
 def _inline_wrappers(graph_module: fx.GraphModule) -> list[torch.dtype]:
     """Returns the dtypes of the autocast regions that there were."""
     graph, lowered = graph_module.graph, []

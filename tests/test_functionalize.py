@@ -357,3 +357,28 @@ def test_every_alias_has_the_arguments_of_its_canonical_op() -> None:
             op = getattr(packet, overload)
             mine, its = ([(a.name, str(a.type)) for a in o._schema.arguments] for o in (op, canonical(op)))
             assert mine == its, op
+
+
+class ByMask(nn.Module):
+    """A constant mask, as window attention and upper triangles use them: over one dim, or over two."""
+
+    def __init__(self):
+        super().__init__()
+        self.a, self.b = nn.Linear(4, 16), nn.Linear(16, 3)
+        self.register_buffer("mask", torch.tensor([True, False, True, True, False]))
+
+    def forward(self, x):
+        h = self.a(x).relu()
+        triangle = torch.ones(5, 5, dtype=torch.bool).triu(1)
+        pairs = (h @ h.mT)[:, triangle]
+        return self.b(h[:, self.mask]), pairs
+
+
+def test_a_constant_mask_is_a_list_of_positions():
+    model, x = ByMask().eval(), torch.randn(3, 5, 4)
+    program = fxpress.capture(model, torch.randn(2, 5, 4))
+    for got, wanted in zip(program(x), model(x)):
+        torch.testing.assert_close(got, wanted)
+    assert [o.dims for o in program.outputs] == [("batch", 3, 3), ("batch", 10)]
+    artifact = fxpress.compile(model, (x,), calibration=[x], prune="macs=0.8")
+    assert artifact.kept
