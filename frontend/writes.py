@@ -22,6 +22,7 @@ from torch._guards import detect_fake_mode
 
 from ..errors import CaptureError
 from .aliases import canonical
+from .fake_run import FakeRun
 from .program import source_of
 
 aten = torch.ops.aten
@@ -163,17 +164,12 @@ def fake_values(graph_module: fx.GraphModule) -> dict[fx.Node, Any]:
     assert mode is not None
     seen: dict[fx.Node, Any] = {}
 
-    class Run(fx.Interpreter):
-        def get_attr(self, target: Any, args: Any, kwargs: Any) -> Any:
-            value = super().get_attr(target, args, kwargs)
-            return mode.from_tensor(value, static_shapes=True) if isinstance(value, torch.Tensor) else value
-
+    class Run(FakeRun):
         def run_node(self, n: fx.Node) -> Any:
             seen[n] = super().run_node(n)
             return seen[n]
 
-    with mode, torch.no_grad():
-        Run(graph_module, garbage_collect_values=False).run(*inputs, enable_io_processing=False)
+    Run(graph_module, mode, garbage_collect_values=False).run_nodes(inputs)
     return seen
 
 

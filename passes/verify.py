@@ -14,11 +14,11 @@ from typing import Any
 
 import torch
 from torch import fx
-from torch._dispatch.python import enable_python_dispatcher
 from torch.utils import _pytree as pytree
 
 from ..errors import PassError
 from ..frontend.agreement import draws_random
+from ..frontend.fake_run import FakeRun
 from ..frontend.program import Program, describe_tensors, dtype_name, source_of
 from .base import INTERFACE, VALUES, Pass
 from .rewrite import erase_unused_state, fake_mode_of, is_op
@@ -188,18 +188,12 @@ def _list(infos: tuple[Any, ...]) -> str:
     return "(" + ", ".join(map(str, infos)) + ")"
 
 
-class _Propagate(fx.Interpreter):
-    """Runs the graph on fake tensors and stores what each node gives."""
+class _Propagate(FakeRun):
+    """Stores what each node gives."""
 
     def __init__(self, module: fx.GraphModule, mode: Any, who: str) -> None:
-        super().__init__(module)
-        self.mode = mode
+        super().__init__(module, mode)
         self.who = who
-
-    def run_nodes(self, values: list[Any]) -> None:
-        # Python kernels keep symbolic sizes symbolic; some C++ ones (batch_norm) would freeze the batch.
-        with self.mode, torch.no_grad(), enable_python_dispatcher():
-            self.run(*values, enable_io_processing=False)
 
     def run_node(self, n: fx.Node) -> Any:
         try:
@@ -213,7 +207,3 @@ class _Propagate(fx.Interpreter):
         if n.op in ("call_function", "get_attr"):
             n.meta["val"] = value
         return value
-
-    def fetch_attr(self, target: str) -> Any:
-        value = super().fetch_attr(target)
-        return self.mode.from_tensor(value, static_shapes=True) if isinstance(value, torch.Tensor) else value

@@ -382,3 +382,23 @@ def test_a_constant_mask_is_a_list_of_positions():
     assert [o.dims for o in program.outputs] == [("batch", 3, 3), ("batch", 10)]
     artifact = fxpress.compile(model, (x,), calibration=[x], prune="macs=0.8")
     assert artifact.kept
+
+
+def test_values_computed_anew_keep_the_batch_dynamic():
+    """Under autocast they are; a BatchNorm behind it must not fix the batch to that of the example."""
+
+    class Net(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a, self.norm, self.b = nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.Conv2d(8, 2, 1)
+
+        def forward(self, x):
+            with torch.autocast("cpu", dtype=torch.bfloat16):
+                return self.b(self.norm(self.a(x)).relu())
+
+    program = fxpress.capture(Net().eval(), torch.randn(2, 3, 6, 6))
+    assert program.outputs[0].dims[0] == "batch"
+    assert program(torch.randn(5, 3, 6, 6)).shape == (5, 2, 4, 4)
+    sizes = [n.meta["val"].shape[0] for n in program.graph.nodes if "batch_norm" in str(n.target)]
+    assert len(sizes) == 1
+    assert not isinstance(sizes[0], int)
