@@ -3,7 +3,7 @@
     python benchmarks/compile_cost.py --core 0 --rounds 3
     python benchmarks/compile_cost.py --core 0 --samples 100 1000 --only fxpress      # memory must not grow
 
-Every run is a process of its own, pinned to one core; those of the two tools alternate. fxpress: from the module in
+Every run is a process of its own with one thread, pinned to one core; those of the two tools alternate. fxpress: from the module in
 memory to a verified artifact on disk (`fxpress.compile`). The peer: from a float ONNX file to an INT8 one (its own
 `quant_pre_process`, then uint8 activations and int8 weights per channel); what the export before it costs
 (`torch.onnx.export`) is stated besides. Imports are not in these figures, and stated. Random weights, random pictures
@@ -134,8 +134,17 @@ def run_peer(model: str, samples: int, folder: Path) -> dict[str, Any]:
     imports = Clock()
     import numpy as np
     import onnx
+    import onnxruntime
     from onnxruntime.quantization import QuantType, quantize_static
     from onnxruntime.quantization.shape_inference import quant_pre_process
+
+    def one_thread(options: Any = onnxruntime.SessionOptions) -> Any:
+        """Its sessions would take every core of the machine, pinned process or not."""
+        made = options()
+        made.intra_op_num_threads = 1
+        return made
+
+    onnxruntime.SessionOptions = one_thread
 
     class Reader:
         """One random picture a call, then None."""

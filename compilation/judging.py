@@ -26,10 +26,11 @@ from ..runtime.verify import Parity
 from .placing import without_vnni
 from .settings import Compiled, Settings
 
-_JUDGED_EXAMPLES = 8
-# Three sizes tell whether the batch is free; large networks take the smallest three.
-_BATCHES, _FEWER, _PARITY_MACS = (1, 2, 5), (1, 2, 3), 16e9
-_LEAST_EXAMPLES, _LAYER_MACS = 2, 8e9  # layers are judged on that many examples, or that many MACs
+# How much is judged on. A large network has so many values in each example that a few examples say as much.
+_JUDGED_EXAMPLES, _LEAST_JUDGED, _JUDGED_MACS = 8, 4, 16e9
+# One example, and more of them than the example inputs have, tell whether the batch is free.
+_BATCHES, _FEWER, _PARITY_MACS = (1, 2, 5), (1, 3), 16e9
+_LAYER_MACS = 6e9  # for each layer on its own
 
 
 def parity_batches(program: Program) -> tuple[int, ...]:
@@ -40,7 +41,8 @@ def parity_batches(program: Program) -> tuple[int, ...]:
 def judged_inputs(program: Program, batches: Batches | None) -> tuple[torch.Tensor, ...]:
     """A few real examples to judge on; the example inputs where no data are given."""
     if batches is not None:
-        return batches.first(_JUDGED_EXAMPLES)
+        few = int(_JUDGED_MACS / max(count_macs(program), 1))
+        return batches.first(min(max(few, _LEAST_JUDGED), _JUDGED_EXAMPLES))
     return example_tensors(program)
 
 
@@ -55,7 +57,7 @@ def judge_layers(compiled: Compiled, real: tuple[torch.Tensor, ...]) -> tuple[La
 
 def layer_inputs(program: Program, real: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
     """The examples to judge layers on: the larger a network is, the more values each of them has to compare."""
-    count = max(_LEAST_EXAMPLES, int(_LAYER_MACS / max(count_macs(program), 1)))
+    count = max(1, int(_LAYER_MACS / max(count_macs(program), 1)))
     return take(program, real, min(count, examples_in(real)))
 
 

@@ -187,7 +187,7 @@ def _layer(node: fx.Node, step: Step | None) -> Kernel | None:
             padded = aten.constant_pad_nd(a, list(x.pads)) if x.pads else a
             return target(padded, w.to(a.dtype), None, *options, **kwargs)  # type: ignore[operator]
 
-        total = _exact_sum(product, q.float() - x.zero_point, _most(w, 255))
+        total = _exact_sum(product, q.float().sub_(x.zero_point), _most(w, 255))
         if b is not None:
             total = _add_bias(total, _along(b, total, axis))
         return _result(total, _along(_float32(x.scale) * scales, total, axis), step)
@@ -238,7 +238,7 @@ def _mul(node: fx.Node, step: Step | None) -> Kernel | None:
     factor = _float32(a.scale) * _float32(b.scale) / _float32(step.scale)
 
     def compute(q: torch.Tensor, r: torch.Tensor) -> torch.Tensor:
-        product = (q.float() - a.zero_point) * (r.float() - b.zero_point)
+        product = q.float().sub_(a.zero_point) * r.float().sub_(b.zero_point)
         return Step(step.scale, 0, step.dtype).store(product.mul_(factor).add_(step.zero_point))
 
     return Kernel((a.integers, b.integers), compute)
@@ -268,8 +268,9 @@ def _float32(value: Any) -> torch.Tensor:
 
 def _fma(a: torch.Tensor, b: Any, c: torch.Tensor) -> torch.Tensor:
     """a * b + c with one rounding to float32: the product of 8 and 24 bits is exact in float64."""
-    product = torch.as_tensor(b).double() * a.double()
-    return product.add(c.double()).float()
+    product = torch.as_tensor(b) * a.double()
+    fits = torch.broadcast_shapes(product.shape, c.shape) == product.shape
+    return (product.add_(c) if fits else product + c.double()).float()
 
 
 def _along(values: torch.Tensor, like: torch.Tensor, axis: int) -> torch.Tensor:

@@ -16,6 +16,7 @@ from .session import Runnable
 
 _DEVIATIONS = 1.96  # of a normal distribution: 95 %
 _TRIES = 20  # pairs run for each that is needed, before a clock is given up
+_WARM, _WARM_SECONDS = 3, 0.2  # pairs run before: the first prepares memory, more are for what caches learn
 
 
 @dataclass(frozen=True)
@@ -40,7 +41,7 @@ def compare_latency(
     second_inputs: tuple[np.ndarray, ...] | None = None,
     *,
     seconds: float = 1.0,
-    least: int = 11,
+    least: int = 7,
     clock: Callable[[], float] = time.perf_counter,
 ) -> Timing:
     """Run both in turns for about `seconds` (at least `least` pairs each, after a warm-up) on the same inputs.
@@ -50,9 +51,12 @@ def compare_latency(
     time in ticks) are left out, and where it hardly ever moves, the clock on the wall decides.
     """
     others = inputs if second_inputs is None else second_inputs
-    for _ in range(3):
+    start = time.perf_counter()
+    for _ in range(_WARM):
         first.run(*inputs)
         second.run(*others)
+        if time.perf_counter() - start > _WARM_SECONDS:
+            break
     pairs: list[tuple[float, float]] = []
     end = time.perf_counter() + seconds
     tried = 0

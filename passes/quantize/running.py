@@ -23,7 +23,7 @@ from ..rewrite import argument, aten, constant, is_constant, is_op
 Handle = Callable[[int, torch.Tensor], torch.Tensor]
 # (layer, its weights) -> the weights to compute with
 Weights = Callable[[fx.Node, torch.Tensor], torch.Tensor]
-_VALUES = 1 << 21  # the largest activation of a part: as much as stays in a core's caches, with its neighbours
+_VALUES = 1 << 22  # the largest activation of a part: more gains little time and costs memory
 
 
 class Runner(fx.Interpreter):
@@ -61,7 +61,7 @@ class Runner(fx.Interpreter):
 
 
 def in_parts(program: Program, batch: tuple[torch.Tensor, ...]) -> Iterator[tuple[torch.Tensor, ...]]:
-    """A batch in parts whose largest activation is about 2^21 values, so that memory does not depend on how the data
+    """A batch in parts whose largest activation is about 2^22 values, so that memory does not depend on how the data
     were batched. A program with a fixed batch gets what it was given."""
     dims = [i.dims[0] if i.dims else None for i in program.inputs]
     if not batch or not isinstance(dims[0], str) or any(d != dims[0] for d in dims):

@@ -18,6 +18,8 @@ from .histogram import thinned
 from .percentile import DEFAULT_PERCENTILE
 from .rules import Statistics, check_rule, needs_histogram, range_of
 
+_LONG = 1 << 14  # values of a row for which a call of its own is no cost
+
 
 class Observer(Protocol):
     """What calibration needs of an observer."""
@@ -45,7 +47,7 @@ class RangeObserver:
         if not x.numel():
             return
         rows = sample_rows(x, samples)
-        lows, highs = rows.amin(1).tolist(), rows.amax(1).tolist()
+        lows, highs = _extremes_of(rows)
         if not all(map(math.isfinite, (*lows, *highs))):
             raise QuantizationError(
                 "calibration met NaN or infinity in an activation", hint="look for overflow in model and data"
@@ -87,6 +89,15 @@ class Candidates(RangeObserver):
 
     def _keeps_histogram(self) -> bool:
         return True
+
+
+def _extremes_of(rows: torch.Tensor) -> tuple[list[float], list[float]]:
+    """The smallest and the largest value of each row."""
+    if rows.shape[1] < _LONG:
+        return rows.amin(1).tolist(), rows.amax(1).tolist()
+    # Of a whole tensor PyTorch finds both at once.
+    pairs = [torch.aminmax(row) for row in rows]
+    return [float(p.min) for p in pairs], [float(p.max) for p in pairs]
 
 
 def sample_rows(x: torch.Tensor, samples: int | None = None) -> torch.Tensor:
