@@ -1,10 +1,11 @@
 """What quantization-aware training and distillation are worth: `python benchmarks/qat.py [--judge held-out] [--json FILE]`
 
-ResNet-20 with its published weights on CIFAR-10. Trained on cifar10_train20k, calibrated on its first 1,000 images. Three
+ResNet-20 with its published weights on CIFAR-10. Trained on cifar10_train20k, calibrated on its first 1,000 images. The
 questions, each answered within one run:
 
     width 4   4-bit weights and activations in simulation: calibration alone (ranges that cover all values, or those of
               least squared error, which training starts from) against one epoch of training
+    width 4 inside   as width 4, with the picture, the first layer's weights and the last layer at 8 bits, as is custom
     width 8   INT8: calibration alone against one epoch of training
     budget    MACs cut by 2; three epochs of distillation and one of training that simulates INT8, against four epochs of
               fine-tuning on labels and calibration; INT8 top-1 in ONNX Runtime
@@ -30,8 +31,10 @@ from pruning_recovery import EXAMPLE, load, make, top1
 
 import fxpress
 from fxpress.backends.targets import load_target
+from fxpress.frontend.program import layer_name
 from fxpress.passes.base import Context
 from fxpress.passes.manager import PassManager
+from fxpress.passes.rewrite import aten
 from fxpress.runtime.session import make_session
 from fxpress.training.distill import Distillation
 from fxpress.training.matching import matched_values
@@ -60,6 +63,7 @@ class Setting:
         self.judged: Pictures = judged[0][: options.limit], judged[1][: options.limit]
         self.calibration = pictures[:1000].split(100)
         self.seed, self.rate, self.epochs = options.seed, options.learning_rate, options.epochs
+        self.zero_points = options.zero_points
         self.distil_rate, self.wide_rate, self.narrow_rate = options.distil_rate, options.wide_rate, options.narrow_rate
 
     def context(self) -> Context:
@@ -82,10 +86,11 @@ class Setting:
         return PassManager(pipeline).run(program, self.context())
 
 
-def width_4(setting: Setting, program: fxpress.Program) -> dict[str, float]:
-    """Simulated top-1 before and after one epoch."""
-    fake = setting.run(program, SIMULATE + "{weight_bits=4,activation_bits=4}")
-    widest = SIMULATE.replace("mse", "minmax") + "{weight_bits=4,activation_bits=4,weights=minmax}"
+def width_4(setting: Setting, program: fxpress.Program, wide: str = "") -> dict[str, float]:
+    """Simulated top-1 before and after training, but for the layers that `wide` names."""
+    narrow = f"weight_bits=4,activation_bits=4,full_width=[{wide}]"
+    fake = setting.run(program, f"{SIMULATE}{{{narrow},learn_zero_points={str(setting.zero_points).lower()}}}")
+    widest = f"{SIMULATE.replace('mse', 'minmax')}{{{narrow},weights=minmax}}"
     teacher = setting.run(program, "cleanup,canonicalize,fuse-batchnorm{keep=true}")
     objective = Distillation(fake, teacher, [matched_values(fake, teacher, None)])
     results = {
@@ -102,6 +107,12 @@ def width_4(setting: Setting, program: fxpress.Program) -> dict[str, float]:
         ).program
         results[f"trained, {epochs}"] = setting.top1(trained)
     return results
+
+
+def width_4_inside(setting: Setting, program: fxpress.Program) -> dict[str, float]:
+    """As `width_4` with full width at both ends."""
+    layers = [layer_name(n) for n in program.graph.nodes if n.target in (aten.conv2d.default, aten.linear.default)]
+    return width_4(setting, program, f"{layers[0]},{layers[-1]}")
 
 
 def width_8(setting: Setting, program: fxpress.Program) -> dict[str, float]:
@@ -137,6 +148,7 @@ def _qat(rate: float) -> str:
 
 QUESTIONS: dict[str, Callable[[Setting, fxpress.Program], dict[str, float]]] = {
     "width-4": width_4,
+    "width-4-inside": width_4_inside,
     "width-8": width_8,
     "budget": budget,
 }
@@ -153,6 +165,7 @@ def main() -> None:
     parser.add_argument("--wide-rate", type=float, default=5e-4, help="of 8 bits")
     parser.add_argument("--narrow-rate", type=float, default=3e-3, help="of 4 bits")
     parser.add_argument("--epochs", type=int, nargs="+", default=[1], help="of 4 bits")
+    parser.add_argument("--zero-points", action="store_true", help="learn those of 4 bits too")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()

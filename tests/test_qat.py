@@ -20,6 +20,7 @@ from fxpress.frontend.operators import declare_operators, dequantize, quantize
 from fxpress.passes.base import Context
 from fxpress.passes.manager import PassManager, op_counts
 from fxpress.passes.quantize.fake_quant import FakeQuantize
+from fxpress.passes.rewrite import find
 from fxpress.runtime.layers import check_layers
 from fxpress.training.distill import Distillation
 from fxpress.training.distill_terms import SoftLabels
@@ -433,6 +434,8 @@ def test_distillation_and_simulation_compose():
         (f"{FUSED},annotate,observe{{ranges=mse}},fake-quantize", QuantizationError, "seen no data"),
         (f"{FUSED},{OBSERVED},fake-quantize{{weight_bits=1}}", OptionError, "weight_bits is 1"),
         (f"{FUSED},{OBSERVED},fake-quantize{{activation_bits=9}}", OptionError, "activation_bits is 9"),
+        (f"{FUSED},{OBSERVED},fake-quantize{{full_width=[wide]}}", OptionError, "full_width has no effect"),
+        (f"{FUSED},{OBSERVED},fake-quantize{{weight_bits=4,full_width=[nobody]}}", OptionError, "full_width: 'nobody'"),
         (f"{FUSED},{OBSERVED},fake-quantize{{learn_scales=false,learn_zero_points=true}}", OptionError, "no effect"),
         (f"{FUSED},{OBSERVED},fake-quantize{{activation_bits=4}},fold-fake-quantize", QuantizationError, "simulates"),
     ],
@@ -451,6 +454,23 @@ def test_folding_for_another_target_is_refused():
 def test_a_target_is_needed():
     with pytest.raises(QuantizationError, match="target"):
         PassManager([FakeQuantize()]).run(captured(), Context())
+
+
+def limits_of(fake: fxpress.Program) -> dict[str, tuple[int, int]]:
+    """The integer limits of each fake-quantized tensor, by the name of what it quantizes."""
+    nodes = find(fake, torch.ops.fxpress.fake_quantize.default)
+    return {str(n.args[0].target if n.args[0].op == "get_attr" else n.args[0].name): n.args[3:5] for n in nodes}
+
+
+def test_named_layers_keep_the_width_of_the_target():
+    narrow = limits_of(faked(options="{weight_bits=4,activation_bits=4}"))
+    ends = limits_of(faked(options="{weight_bits=4,activation_bits=4,full_width=[wide]}"))
+    assert set(narrow) == set(ends)
+    changed = {name for name in narrow if narrow[name] != ends[name]}
+    assert "wide.weight" in changed
+    assert ends["wide.weight"] == (-127, 127)
+    (activation,) = changed - {"wide.weight"}  # what the layer reads
+    assert (narrow[activation], ends[activation]) == ((0, 15), (0, 255))
 
 
 def test_narrow_weights_fold_into_the_storage_of_the_target():

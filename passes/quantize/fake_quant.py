@@ -32,7 +32,7 @@ from ...frontend.program import Program
 from ..base import INTERFACE, Change, Context, Pass, register_pass
 from ..kept_norm import restore_norm
 from ..rewrite import argument, aten, call_before, constant, erase_dead, find, put_constant, replace
-from .annotate import ABSORBED, annotation
+from .annotate import ABSORBED, annotation, named_nodes
 from .fold import weight_scales
 from .observe import Site, Sites, sites_of
 from .ranges.choose import choose_ranges
@@ -51,8 +51,10 @@ class FakeQuantize(Pass):
 
     Follows `annotate,observe,calibrate`, whose ranges the scales start from. `weight_bits` and `activation_bits` (2 to
     8) make the simulated numbers smaller than the target's; what is folded for a runtime needs the target's own
-    activations. `learn_scales=false` keeps the calibrated ranges, `learn_zero_points` also learns the zero points of
-    ranges on both sides of zero (LSQ+). `weights` is the rule for the first weight scales (minmax or mse).
+    activations. The layers that `full_width` names keep the target's widths all the same, for weights and inputs: by
+    custom the first and the last. `learn_scales=false` keeps the calibrated ranges, `learn_zero_points` also learns the
+    zero points of ranges on both sides of zero (LSQ+). `weights` is the rule for the first weight scales (minmax or
+    mse).
     """
 
     name = "fake-quantize"
@@ -60,6 +62,7 @@ class FakeQuantize(Pass):
 
     weight_bits: int | None = None
     activation_bits: int | None = None
+    full_width: tuple[str, ...] = ()
     learn_scales: bool = True
     learn_zero_points: bool = False
     weights: Literal["minmax", "mse"] = "mse"
@@ -79,6 +82,8 @@ class FakeQuantize(Pass):
             bits = getattr(self, name)
             if bits is not None and not 2 <= bits <= 8:
                 raise OptionError(f"{name} is {bits}", hint="give 2 to 8")
+        if self.full_width and self.weight_bits is None and self.activation_bits is None:
+            raise OptionError("full_width has no effect without fewer bits", hint="give weight_bits or activation_bits")
         if self.learn_zero_points and not self.learn_scales:
             raise OptionError("learn_zero_points has no effect without learn_scales", hint="leave one of them out")
 
@@ -109,11 +114,13 @@ def insert_fake_quantization(program: Program, target: Target, options: FakeQuan
     if not sites.samples:
         raise QuantizationError("the observers have seen no data", hint="run the pass `calibrate` before this one")
     count = restored = 0
+    wide = named_nodes(program, options.full_width, "full_width")
+    wide_sites = {sites.root(key).key for node in wide for key in _observed_by(node)}
     marks: dict[fx.Node, dict[str, Any]] = dict(_annotated(program))
     for node in list(program.graph.nodes):
         note = annotation(node)
         if note is not None and note.row.kind == "layer":
-            form = _narrowed(note.row.weight or target.weight, options.weight_bits)
+            form = _narrowed(note.row.weight or target.weight, None if node in wide else options.weight_bits)
             restored += form.per_channel and restore_norm(program, node) is not None
             _quantize_weight(program, node, form, options)
             count += 1
@@ -125,12 +132,20 @@ def insert_fake_quantization(program: Program, target: Target, options: FakeQuan
             continue
         root = sites.root(site.key)
         if root.key not in stored:
-            stored[root.key] = _store(program, node, root, target, options)
+            bits = None if root.key in wide_sites else options.activation_bits
+            stored[root.key] = _store(program, node, root, target, options, bits)
         fake = _quantize_activation(program, node, stored[root.key])
         marks[fake] = {"site": _description(sites, site, target)}
         count += 1
     _finish(program, marks)
     return count, restored
+
+
+def _observed_by(node: fx.Node) -> Iterator[int]:
+    """The keys of the observed tensors that a node reads."""
+    for source in node.all_input_nodes:
+        if source.target is torch.ops.fxpress.observe.default:
+            yield int(source.args[1])  # type: ignore[arg-type]
 
 
 def _annotated(program: Program) -> Iterator[tuple[fx.Node, dict[str, Any]]]:
@@ -173,10 +188,12 @@ def _form_of(site: Site, target: Target) -> NumberFormat:
     return form if site.fixed is None else dataclasses.replace(form, dtype=site.fixed.dtype, bits=None)
 
 
-def _store(program: Program, before: fx.Node, site: Site, target: Target, options: FakeQuantize) -> _Stored:
+def _store(
+    program: Program, before: fx.Node, site: Site, target: Target, options: FakeQuantize, bits: int | None
+) -> _Stored:
     """Keep a site's scale and zero point as parameters (or buffers, where they are not learned)."""
     stored = _form_of(site, target)
-    form = _narrowed(stored, options.activation_bits)
+    form = _narrowed(stored, bits)
     limits, learned = form.limits, options.learn_scales and site.fixed is None
     if site.fixed is None:
         params = _calibrated(site, form)
