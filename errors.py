@@ -7,6 +7,7 @@ followed. Public functions raise nothing else for bad input.
 from __future__ import annotations
 
 import difflib
+import traceback
 from collections.abc import Iterable
 
 
@@ -90,6 +91,12 @@ class OutputError(FxpressError):
 def first_line(error: BaseException) -> str:
     """The first line of another library's message, or the error's type where it has none."""
     return (str(error).strip() or type(error).__name__).splitlines()[0]
+
+
+def line_of(error: BaseException) -> str | None:
+    """The deepest line outside torch: where code of the user's failed."""
+    frames = [f for f in traceback.extract_tb(error.__traceback__) if "/torch/" not in f.filename]
+    return f"{frames[-1].filename}:{frames[-1].lineno}: {frames[-1].line}" if frames else None
 
 
 def did_you_mean(word: str, known: Iterable[str], title: str = "known") -> str:

@@ -39,6 +39,7 @@ def measure(name: str, target: str) -> Row:
     import fxpress
     from fxpress.backends.coverage import measure_coverage
     from fxpress.backends.targets import load_target
+    from fxpress.errors import VerificationError
     from fxpress.passes.base import Context
     from fxpress.passes.manager import PassManager
     from fxpress.passes.quantize.reasons import stated_reasons
@@ -69,7 +70,7 @@ def measure(name: str, target: str) -> Row:
     row["unexplained"] = [i.node for i in found.islands if not i.reason][:5]
     try:
         layers = check_layers(int8, unseen[0])
-    except fxpress.VerificationError as error:  # nothing to quantize
+    except VerificationError as error:  # nothing to quantize
         return row | {"status": "float", "error": str(error).splitlines()[0]}
     row |= {"steps": layers.max_steps, "equal": layers.share_equal, "output_relative": layers.output_relative}
     row["worst"] = max(layers.layers, key=lambda s: s.max_steps).name

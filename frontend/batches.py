@@ -7,6 +7,7 @@ what was received; nothing is cast or reshaped in silence.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -15,7 +16,7 @@ import numpy as np
 import torch
 from torch.utils import _pytree as pytree
 
-from ..errors import DataError
+from ..errors import DataError, FxpressError, first_line, line_of
 from .program import Program, TensorInfo, dtype_name
 
 NO_LABEL = -100  # the class number that PyTorch's losses ignore
@@ -39,7 +40,7 @@ class Batches:
 
     def __iter__(self) -> Iterator[tuple[torch.Tensor, ...]]:
         count = 0
-        for index, item in enumerate(self.source()):
+        for index, item in enumerate(read(self.source)):
             batch = flat_inputs(self.program.inputs, item)
             check_batch(self.program.inputs, batch, index)
             if index == 0:
@@ -55,7 +56,7 @@ class Batches:
 
         Where there are none, and they are not `needed`, they are NO_LABEL.
         """
-        for index, item in enumerate(self.source()):
+        for index, item in enumerate(read(self.source)):
             batch = flat_inputs(self.program.inputs, item)
             check_batch(self.program.inputs, batch, index)
             labels = _labels(self.program.inputs, item, None if needed else examples_in(batch))
@@ -83,13 +84,33 @@ def as_batches(program: Program, data: Any) -> Batches:
     return batches
 
 
+def read(source: Callable[[], Iterable[Any]]) -> Iterator[Any]:
+    """What the data give. Raises DataError where the user's own code fails at it."""
+    items: Iterator[Any] | None = None
+    for index in itertools.count():
+        try:
+            items = iter(source()) if items is None else items
+            item = next(items)
+        except StopIteration:
+            return
+        except FxpressError:
+            raise
+        except Exception as error:
+            raise DataError(
+                f"batch {index} of the data cannot be read: {type(error).__name__}: {first_line(error)}",
+                where=line_of(error),
+                hint="the code that gives the data fails: try `for batch in data: pass`",
+            ) from error
+        yield item
+
+
 def flat_inputs(infos: tuple[TensorInfo, ...], item: Any) -> tuple[torch.Tensor, ...]:
     """The tensors of one batch in the order of `infos`, labels dropped. Raises DataError."""
     names = [i.name for i in infos]
     if isinstance(item, Mapping):
         leaves = _by_name(item, names)
     else:
-        leaves = [x for x in pytree.tree_leaves(item) if x is not None]
+        leaves = [x for x in pytree.tree_leaves(item, is_leaf=_is_numbers) if x is not None]
     if len(leaves) == len(infos) + 1:
         leaves = leaves[:-1]
     if len(leaves) != len(infos):
@@ -105,7 +126,7 @@ def _labels(infos: tuple[TensorInfo, ...], item: Any, unlabelled: int | None) ->
     if isinstance(item, Mapping):
         given = [item[n] for n in LABEL_NAMES if n in item]
     else:
-        given = [x for x in pytree.tree_leaves(item) if x is not None][len(infos) :]
+        given = [x for x in pytree.tree_leaves(item, is_leaf=_is_numbers) if x is not None][len(infos) :]
     if not given and unlabelled is not None:
         return torch.full((unlabelled,), NO_LABEL)
     if len(given) != 1:
@@ -114,6 +135,11 @@ def _labels(infos: tuple[TensorInfo, ...], item: Any, unlabelled: int | None) ->
             hint="give (inputs, labels), in a list or DataLoader (a one-shot iterator keeps its inputs only)",
         )
     return given[0] if isinstance(given[0], torch.Tensor) else torch.as_tensor(given[0])
+
+
+def _is_numbers(value: Any) -> bool:
+    """Is it a plain list of numbers, such as class numbers?"""
+    return isinstance(value, list) and bool(value) and all(isinstance(v, (int, float)) for v in value)
 
 
 def examples_in(batch: tuple[Any, ...]) -> int:
@@ -157,6 +183,8 @@ def _check_dims(info: TensorInfo, tensor: torch.Tensor, index: int, sizes: dict[
 
 
 def _shape_hint(info: TensorInfo, shape: tuple[int, ...]) -> str:
+    if 0 in shape:
+        return "the batch is empty: leave it out"
     if len(shape) == 4 and len(info.dims) == 4 and shape[3] == info.dims[1]:
         return "the data look like NHWC: x.permute(0, 3, 1, 2)"
     if info.dims and isinstance(info.dims[0], int):
@@ -226,7 +254,13 @@ def _reiterable(program: Program, data: Any) -> Callable[[], Iterable[Any]]:
 
 
 def _called(make: Callable[[], Any]) -> Iterable[Any]:
-    result = make()
+    try:
+        result = make()
+    except FxpressError:
+        raise
+    except Exception as error:
+        what = f"the data function fails: {type(error).__name__}: {first_line(error)}"
+        raise DataError(what, where=line_of(error), hint="it is called without arguments") from error
     if not isinstance(result, Iterable):
         raise DataError(f"the data function returned a {type(result).__name__}", hint="return an iterable of batches")
     return result
@@ -234,7 +268,7 @@ def _called(make: Callable[[], Any]) -> Iterable[Any]:
 
 def _keep(program: Program, data: Iterator[Any]) -> list[tuple[torch.Tensor, ...]]:
     kept, size = [], 0.0
-    for item in data:
+    for item in read(lambda: data):
         batch = flat_inputs(program.inputs, item)
         size += sum(t.nbytes for t in batch) / 1e6
         if size > _KEEP_MB:

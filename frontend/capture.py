@@ -31,6 +31,7 @@ from .aliases import use_canonical_names
 from .composites import write_out_composites
 from .functionalize import AUTOCAST, UPDATED, functionalize, resolve_masks
 from .program import Program, delete_attribute, describe_tensors, dtype_name, source_of
+from .train_modes import UNTRAINED, differences_in_training
 
 BATCH = "batch"
 _LIBRARY_PARTS = ("/torch/", str(Path(__file__).parent), "<")
@@ -55,6 +56,7 @@ def capture(
     if dynamic_batch:
         args, kwargs = _with_batch_of_two(args, kwargs)
     copied = _copy(module, share_weights)
+    untrained = differences_in_training(copied)
     dynamic = _dynamic_shapes(copied, args, kwargs) if dynamic_batch else None
     with _quiet():
         try:
@@ -69,6 +71,7 @@ def capture(
         check_same(program, expected, lambda: _run(module, args, kwargs))
     meta, state = program.graph_module.meta, {n for n, _ in (*copied.named_buffers(), *copied.named_parameters())}
     meta["fxpress_model"] = type(module).__name__
+    meta[UNTRAINED] = untrained
     meta[UPDATED] = [n for n in meta.get(UPDATED, ()) if n in state]
     return program
 

@@ -13,7 +13,8 @@ LSQ weighs dL/ds by w = 1 / sqrt(n q), so that a step of training changes a scal
 Here what is learned is that share: programs hold the logarithm of the factor by which a scale has changed, so that no
 scale becomes negative, and Adam, too, changes small and large scales alike (Jain et al. 2020, arXiv 1903.08066, "TQT").
 Its gradient is LSQ's for the share, w dL/ds / s, through tanh, as in TQT, so that no step is large. A zero point is
-learned by the share of the range that it moves (LSQ+, Bhalgat et al. 2020, arXiv 2004.09576), in the same way.
+learned by the share of the range that it moves (LSQ+, Bhalgat et al. 2020, arXiv 2004.09576), in the same way. (tanh is
+why a loss that is scaled up for float16 teaches no scales, and why the mean over processes is not that of one process.)
 
 n is the number of values that share the scale, in one example where x is an activation; q is the largest number of
 steps from zero. y is what `dequantize(quantize(x))` gives, to the last bit.

@@ -308,7 +308,15 @@ _MODE_ARGUMENT = {
     torch.ops.aten.alpha_dropout.default: 2,
     torch.ops.aten.feature_dropout.default: 2,
     torch.ops.aten.feature_alpha_dropout.default: 2,
-}
+    **dict.fromkeys(
+        (
+            torch.ops.aten.lstm.input, torch.ops.aten.lstm.data, torch.ops.aten.gru.input, torch.ops.aten.gru.data,
+            torch.ops.aten.rnn_tanh.input, torch.ops.aten.rnn_relu.input,
+        ),
+        6,
+    ),
+}  # fmt: skip
+_NORMS = (torch.ops.aten.batch_norm.default, torch.ops.aten.instance_norm.default)
 
 
 def _set_node_mode(node: fx.Node, training: bool) -> None:
@@ -317,8 +325,7 @@ def _set_node_mode(node: fx.Node, training: bool) -> None:
     position = _MODE_ARGUMENT.get(node.target) if node.op == "call_function" else None
     if position is None or len(node.args) <= position:
         return
-    is_norm = position == 5
-    if is_norm and node.args[3] is None:
+    if node.target in _NORMS and node.args[3] is None:
         return
     custom = dict(node.meta.get("custom") or {})
     captured = custom.setdefault("eval_mode", node.args[position])

@@ -78,9 +78,9 @@ class PassManager:
         `before`, where that is given."""
         ops_before, mark = op_counts(program), fingerprint(program)
         shell = Program(program.graph_module, program.example_inputs, program.inputs, program.outputs)
-        torch.manual_seed(context.seed)
         start = time.perf_counter()
-        with peak_memory() as memory:
+        with torch.random.fork_rng(), peak_memory() as memory:
+            torch.manual_seed(context.seed)
             change = item.run(program, context)
         seconds = time.perf_counter() - start
         if not isinstance(change, Change):

@@ -7,7 +7,6 @@ to what the model returns: torch tensors for torch inputs, numpy arrays for nump
 from __future__ import annotations
 
 import math
-import traceback
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from typing import Any
@@ -16,7 +15,7 @@ import numpy as np
 import torch
 from torch.utils import _pytree as pytree
 
-from ..errors import DataError, FxpressError, OptionError
+from ..errors import DataError, FxpressError, OptionError, line_of
 from ..frontend.batches import check_batch, examples_in, flat_inputs
 from ..frontend.program import Program
 from ..frontend.tensor_info import TensorInfo
@@ -102,7 +101,7 @@ def measure(evaluate: Evaluate, runner: Runner) -> Metric:
     except Exception as error:
         raise OptionError(
             f"evaluate ({name}) fails: {type(error).__name__}: {error}",
-            where=_where(error),
+            where=line_of(error),
             hint="it must work with any `run` that maps a batch of inputs to outputs",
         ) from error
     if not isinstance(value, (int, float, np.number)) and not (isinstance(value, torch.Tensor) and value.numel() == 1):
@@ -163,12 +162,6 @@ def check_labels(labels: torch.Tensor, scores: torch.Tensor) -> None:
 
 def _scores(result: Any) -> torch.Tensor:
     return torch.as_tensor(pytree.tree_leaves(result)[0])
-
-
-def _where(error: BaseException) -> str | None:
-    """The deepest line of the user's own code."""
-    frames = [f for f in traceback.extract_tb(error.__traceback__) if "/torch/" not in f.filename]
-    return f"{frames[-1].filename}:{frames[-1].lineno}: {frames[-1].line}" if frames else None
 
 
 def least_allowed(before: float, drop: float) -> float:

@@ -166,6 +166,43 @@ def test_a_small_student_learns_more_from_a_teacher_than_from_few_labels():
     assert from_teacher > from_labels + 0.01
 
 
+class Waves(nn.Module):
+    """Conv1d maps [N, C, L], then tokens [N, L, C]."""
+
+    def __init__(self, width: int, stride: int = 1) -> None:
+        super().__init__()
+        self.one = nn.Sequential(nn.Conv1d(2, width, 3, stride, 1), nn.BatchNorm1d(width), nn.ReLU())
+        self.mix, self.head = nn.Linear(width, width), nn.Linear(width, 5)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.head(self.mix(self.one(x).transpose(1, 2)).mean(1))
+
+
+@pytest.mark.parametrize("stride", [1, 2])
+def test_features_over_time_are_adapted_in_channels(stride):
+    x = torch.randn(6, 2, 12)
+    small, large = fxpress.capture(Waves(4).eval(), x[:2]), Waves(6, stride).eval()
+    objective = Distillation(small, large, [Features((("one", "one"),))])
+    (adapter,) = objective.adapters[0]
+    assert (type(adapter), adapter.in_channels, adapter.out_channels) == (nn.Conv1d, 4, 6)
+    assert torch.isfinite(objective(small, Batch((x,), torch.zeros(6).long())))
+    tokens = Distillation(small, Waves(6).eval(), [Features((("mix", "mix"),))])
+    (adapter,) = tokens.adapters[0]
+    assert (type(adapter), adapter.in_features, adapter.out_features) == (nn.Linear, 4, 6)
+    with pytest.raises(OptionError, match="differ in more than the last dimension"):
+        Distillation(small, Waves(6, 2).eval(), [Features((("mix", "mix"),))])
+
+
+class Two(nn.Module):
+    def forward(self, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+        return (x + y).mean((2, 3))
+
+
+def two_inputs() -> fxpress.Program:
+    x = torch.randn(2, 3, 8, 8)
+    return fxpress.capture(Two(), (x, x))
+
+
 # -- what can go wrong ---------------------------------------------------------------------------------------------
 
 
@@ -179,6 +216,9 @@ def test_a_small_student_learns_more_from_a_teacher_than_from_few_labels():
         (lambda: Distillation(student(), teacher(), [Features((("two", "three"),))]), OptionError, "'three'"),
         (lambda: Distillation(student(), teacher(), [Features((("head", "two"),))]), OptionError, "cannot be led"),
         (lambda: Distillation(student(), teacher(), [Attention((("head", "head"),))]), OptionError, "no places"),
+        (lambda: Distillation(student(), "resnet18", [SoftLabels()]), OptionError, "teacher is a str"),
+        (lambda: Distillation(student(), nn.Linear(3, 5), [SoftLabels()]), OptionError, "does not run on the student"),
+        (lambda: Distillation(student(), two_inputs(), [SoftLabels()]), OptionError, "takes 2 inputs"),
         (lambda: SoftLabels(temperature=0.0), OptionError, "temperature"),
         (lambda: Features(()), OptionError, "pairs"),
         (

@@ -381,7 +381,7 @@ def norm_modes(program: fxpress.Program) -> set[bool]:
     return {n.args[5] for n in program.graph.nodes if "batch_norm" in str(n.target)}
 
 
-def test_norms_freeze_at_their_step_and_stay_frozen():
+def test_norms_freeze_at_their_step_and_train_again_afterwards():
     program, labelled, calibration = captured_digits()
     context = Context(target=TARGET, calibration=calibration)
     fake = PassManager(f"{KEPT},{OBSERVED},fake-quantize").run(program, context)
@@ -395,8 +395,47 @@ def test_norms_freeze_at_their_step_and_stay_frozen():
     trained = train_simulated(fake, labelled, options, None, Simulation(freeze=0.75), objective=spy).program
     assert modes == [(i, {i < 6}) for i in range(8)]
     assert norm_modes(trained) == {False}
-    assert norm_modes(trained.train()) == {False}, "frozen in training too"
-    assert norm_modes(fake.train()) == {True}, "the argument is not"
+    assert norm_modes(trained.train()) == {True}, "what is returned trains like any other"
+    assert norm_modes(fake.train()) == {True}
+
+
+def test_norms_freeze_at_their_share_of_what_is_trained_on():
+    """Held-out examples make the training shorter; one that stops before the freeze point gets new statistics."""
+    program, labelled, calibration = captured_digits()
+    fake = PassManager(f"{KEPT},{OBSERVED},fake-quantize").run(program, Context(target=TARGET, calibration=calibration))
+    shares = []
+
+    def spy(program: fxpress.Program, batch: Batch) -> torch.Tensor:
+        if program.training and norm_modes(program) == {False}:
+            shares.append(batch.done)
+        return CrossEntropy()(program, batch)
+
+    options = TrainingOptions(epochs=4, batch_size=64, hold_out=0.5)
+    train_simulated(fake, labelled, options, None, Simulation(freeze=0.75), objective=spy)
+    assert shares[0] == 0.75
+    early = TrainingOptions(epochs=4, hold_out=0.5, patience=1, optimizer=AdamW(1e-9), keep="last")
+    with pytest.raises(OptionError, match="calibration data"):
+        train_simulated(fake, labelled, early, None, Simulation(freeze=0.9))
+
+
+def test_the_bound_on_a_scale_teaches_no_weight():
+    """At first the scale is at its bound, max |W| / 127: the gradient of the weights is that of a fixed scale."""
+    learned, fixed = faked(options="{weights=minmax}"), faked(options="{weights=minmax,learn_scales=false}")
+    (x,) = data(1)[0]
+    gradients = []
+    for program in (learned, fixed):
+        weights = {n: p for n, p in program.named_parameters() if n.endswith(".weight")}
+        loss = program(x).square().sum()
+        gradients.append(dict(zip(weights, torch.autograd.grad(loss, list(weights.values())))))
+    assert len(gradients[0]) > 1
+    for name, gradient in gradients[0].items():
+        assert torch.allclose(gradient, gradients[1][name], rtol=1e-4, atol=1e-6), name
+
+
+def test_scales_are_not_learned_from_a_scaled_loss():
+    options, examples = TrainingOptions(precision="float16"), (torch.randn(8, 3, 16, 16), torch.zeros(8).long())
+    with pytest.raises(OptionError, match="scaled up for float16"):
+        train_simulated(faked(), examples, options, None)
 
 
 def test_norms_that_were_never_frozen_get_new_statistics():

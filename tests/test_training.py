@@ -385,10 +385,124 @@ def test_augmentation_by_name_and_by_function(program, data):
     assert not same(named, fxpress.finetune(program, data))
 
 
-@pytest.mark.parametrize("bad", [{"epochs": 0}, {"ema": 1.5}, {"precision": "int8"}, {"hold_out": 1.0}, {"clip_norm": 0}])
+@pytest.mark.parametrize(
+    "bad",
+    [
+        {"epochs": 0}, {"ema": 1.5}, {"precision": "int8"}, {"hold_out": 1.0}, {"clip_norm": 0}, {"epochs": 2.5},
+        {"warmup": "a"}, {"clip_norm": "1"}, {"optimizer": "sgd"}, {"optimizer": SGD}, {"schedule": "cosine"},
+        {"freeze": None}, {"freeze": (3,)}, {"seed": None},
+    ],
+)  # fmt: skip
 def test_bad_values_are_refused(bad):
     with pytest.raises(OptionError, match=next(iter(bad))):
         TrainingOptions(**bad)
+
+
+@pytest.mark.parametrize(
+    "make", [lambda: SGD("a"), lambda: AdamW(betas=0.9), lambda: Step(0.5), lambda: Plateau(patience=None)]
+)
+def test_bad_values_of_parts_are_refused(make):
+    with pytest.raises(OptionError, match="is ") as caught:
+        make()
+    assert "hint:" in str(caught.value)
+
+
+def test_one_glob_may_stand_alone(program, data):
+    tuned = fxpress.finetune(program, data, TrainingOptions(freeze="conv.*"))
+    assert torch.equal(tuned.state_dict()["conv.weight"], program.state_dict()["conv.weight"])
+    assert not torch.equal(tuned.state_dict()["head.weight"], program.state_dict()["head.weight"])
+
+
+@pytest.mark.parametrize("call", [fxpress.finetune, fxpress.train, fxpress.train_quantized, fxpress.prune_and_finetune])
+def test_a_module_is_no_program(call, data):
+    more = {"calibration": data[0].split(30)} if call is fxpress.train_quantized else {}
+    more |= {"macs": 0.5} if call is fxpress.prune_and_finetune else {}
+    with pytest.raises(OptionError, match="expected a Program, got Small"):
+        call(Small(), data, **more)
+
+
+@pytest.mark.parametrize("change", [torch.Tensor.int, torch.Tensor.short, torch.Tensor.tolist, torch.Tensor.numpy])
+def test_class_numbers_of_any_kind(program, data, change):
+    inputs, labels = data
+    assert same(fxpress.finetune(program, (inputs, change(labels))), fxpress.finetune(program, data))
+
+
+def test_places_without_a_label_count_for_nothing(program, data):
+    inputs, labels = data
+    assert math.isfinite(fxpress.train(program, (inputs, torch.where(labels == 0, -100, labels))).kept.loss)
+
+
+def test_data_that_fail_are_explained(program, data):
+    def broken():
+        yield data[0][:30], data[1][:30]
+        raise OSError("disk gone")
+
+    with pytest.raises(DataError, match="batch 1 of the data cannot be read: OSError: disk gone") as caught:
+        fxpress.finetune(program, broken)
+    assert "test_training.py" in str(caught.value)
+    with pytest.raises(DataError, match="150 examples and 149 labels"):
+        fxpress.finetune(program, (data[0], data[1][1:]))
+
+
+def test_mixed_pictures_are_refused_wherever_labels_are_read(program, data):
+    for objective in (CrossEntropy(), lambda program, batch: CrossEntropy()(program, batch)):
+        with pytest.raises(OptionError, match="mixes pictures"):
+            fxpress.finetune(program, data, augment="flip-shift-cutmix", objective=objective)
+
+
+class Recurrent(nn.Module):
+    def __init__(self, kind: type[nn.Module]) -> None:
+        super().__init__()
+        self.layers, self.head = kind(6, 8, num_layers=2, dropout=0.9, batch_first=True), nn.Linear(8, 4)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.head(self.layers(x)[0][:, -1])
+
+
+@pytest.mark.parametrize("kind", [nn.LSTM, nn.GRU, nn.RNN])
+def test_dropout_between_recurrent_layers_is_on_in_training_alone(kind):
+    x = torch.randn(8, 5, 6)
+    program = fxpress.capture(Recurrent(kind).eval(), x)
+    assert torch.equal(program(x), program(x))
+    program.train()
+    assert not torch.equal(program(x), program(x))
+    program.eval()
+    assert torch.equal(program(x), program(x))
+
+
+class DropPath(nn.Module):
+    def __init__(self, drop_prob: float) -> None:
+        super().__init__()
+        self.drop_prob = drop_prob
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x * (torch.rand(len(x), 1) > self.drop_prob) if self.training else x
+
+
+class Unlike(nn.Module):
+    """Attention with dropout, random depth, and a norm that averages over all batches."""
+
+    def __init__(self, chance: float) -> None:
+        super().__init__()
+        self.attention = nn.MultiheadAttention(8, 2, dropout=chance, batch_first=True)
+        self.depth, self.norm = DropPath(chance), nn.BatchNorm1d(8, momentum=None)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        y = self.attention(x, x, x, need_weights=False)[0].mean(1)
+        return self.norm(x.mean(1) + self.depth(y))
+
+
+def test_what_trains_otherwise_than_in_the_module_is_noted(data):
+    x = torch.randn(20, 3, 8)
+    program = fxpress.capture(Unlike(0.5), x[:2])
+    trained = fxpress.train(program, (x, torch.zeros(20).long()), TrainingOptions(batch_size=10))
+    text = "; ".join(trained.notes())
+    assert "attention, depth: what is dropped at random in training is not dropped here" in text
+    assert "norm: average over all batches (momentum=None), here with momentum 0.1" in text
+    moved = trained.program.state_dict()["norm.running_mean"]
+    assert moved.abs().max() > 0, "its statistics are trained"
+    quiet = fxpress.capture(Unlike(0.0), x[:2])
+    assert "dropped" not in "; ".join(fxpress.train(quiet, (x, torch.zeros(20).long())).notes())
 
 
 def test_bad_data_and_objectives_are_explained(program, data):

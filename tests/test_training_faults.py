@@ -20,9 +20,14 @@ from torch.utils.data import DataLoader, Dataset
 import fxpress
 from fxpress.errors import OutputError, TrainingError
 from fxpress.passes.prune.recovery.shuffle import flip_and_shift
+from fxpress.training.describe import described
+from fxpress.training.distill import Distillation
+from fxpress.training.distill_terms import SoftLabels
 from fxpress.training.objectives import CrossEntropy
 from fxpress.training.options import SGD, AdamW, TrainingOptions
+from fxpress.training.qat import FreezeNorms
 from fxpress.training.schedules import Cosine, Plateau
+from fxpress.training.sparsity import GroupLasso, GrowingPenalty
 
 
 class Small(nn.Module):
@@ -118,11 +123,12 @@ def noisy_batches(data):
         yield x + 0.1 * torch.randn(x.shape) + float(np.random.rand()), y
 
 
-@pytest.mark.parametrize("form", ["dataset", "loader", "function"])
+@pytest.mark.parametrize("form", ["dataset", "loader", "own generator", "function"])
 def test_a_stopped_run_goes_on_in_the_middle_of_any_data(program, data, tmp_path, form):
     given = {
         "dataset": Rows(data),
         "loader": DataLoader(Rows(data), 30, shuffle=True),
+        "own generator": DataLoader(Rows(data), 30, shuffle=True, generator=torch.Generator().manual_seed(7)),
         "function": lambda: noisy_batches(data),
     }[form]
     options = TrainingOptions(epochs=3, batch_size=30)
@@ -151,9 +157,51 @@ def test_the_checkpoint_of_another_run_is_refused(program, data, tmp_path):
         fxpress.train(fxpress.capture(Small(), (data[0][:2],)), data, OPTIONS, checkpoint=folder)
     with pytest.raises(TrainingError, match="of another run: augment was"):
         fxpress.train(program, data, OPTIONS, augment=flip_and_shift, checkpoint=folder)
+    steeper = dataclasses.replace(OPTIONS, optimizer=dataclasses.replace(OPTIONS.optimizer, weight_decay=0.5))
+    with pytest.raises(TrainingError, match=r"optimizer.weight_decay was [\d.e-]+, is 0.5"):
+        fxpress.train(program, data, steeper, checkpoint=folder)
+    content = bytearray((folder / "tensors.safetensors").read_bytes())
+    content[-5] ^= 1
+    (folder / "tensors.safetensors").write_bytes(content)
+    with pytest.raises(TrainingError, match="not those that were written"):
+        fxpress.train(program, data, OPTIONS, checkpoint=folder)
+    for text in ("[]", "{}", '{"format": 2}'):
+        (folder / "training.json").write_text(text)
+        with pytest.raises(TrainingError, match=r"damaged|has the format"):
+            fxpress.train(program, data, OPTIONS, checkpoint=folder)
     (folder / "tensors.safetensors").write_bytes(b"damage")
     with pytest.raises(TrainingError, match="cannot be read"):
         fxpress.train(program, data, OPTIONS, checkpoint=folder)
+
+
+def objectives(program):
+    """What is learned, in pairs that differ in one respect."""
+    plans = [fxpress.plan_pruning(program, macs=share) for share in (0.5, 0.7)]
+    teachers = [Small().eval() for _ in range(2)]
+
+    def weighed(by):
+        return lambda program, batch: by * CrossEntropy()(program, batch)
+
+    yield weighed(1.0), weighed(0.5)
+    yield (lambda p, b: CrossEntropy()(p, b)), (lambda p, b: 2 * CrossEntropy()(p, b))
+    yield CrossEntropy(), CrossEntropy(0.1)
+    yield tuple(GroupLasso(program, strength=s) for s in (1e-4, 1e-3))
+    yield tuple(GrowingPenalty(program, plan) for plan in plans)
+    yield tuple(GrowingPenalty(program, plans[0], growth=g) for g in (0.1, 0.2))
+    yield tuple(Distillation(program, teachers[0], [SoftLabels(temperature=t)]) for t in (2.0, 4.0))
+    yield tuple(Distillation(program, teacher, [SoftLabels()]) for teacher in teachers)
+    yield tuple(Distillation(program, teachers[0], [SoftLabels()], labels=w) for w in (0.1, 0.5))
+    yield FreezeNorms(CrossEntropy(), 0.5), FreezeNorms(CrossEntropy(), 0.7)
+    yield FreezeNorms(CrossEntropy(), 0.5), FreezeNorms(CrossEntropy(0.1), 0.5)
+
+
+def test_the_checkpoint_of_another_objective_is_refused(program, data, tmp_path):
+    for i, (first, other) in enumerate(objectives(program)):
+        assert described(first) == described(first)
+        fxpress.train(program, data, OPTIONS, objective=first, checkpoint=tmp_path / str(i))
+        fxpress.train(program, data, OPTIONS, objective=first, checkpoint=tmp_path / str(i))
+        with pytest.raises(TrainingError, match="of another run: (objective|start)"):
+            fxpress.train(program, data, OPTIONS, objective=other, checkpoint=tmp_path / str(i))
 
 
 def test_a_checkpoint_holds_tensors_and_json_only(program, data, tmp_path):

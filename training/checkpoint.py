@@ -20,7 +20,7 @@ from safetensors.torch import load_file, save_file
 from ..errors import TrainingError, first_line
 from ..runtime.atomic import check_writable, replace_folder
 
-_FORMAT = 1
+_FORMAT = 2
 _STATE, _TENSORS = "training.json", "tensors.safetensors"
 Tensors = dict[str, torch.Tensor]
 
@@ -68,7 +68,7 @@ class CheckpointFolder:
 
     def __init__(self, path: str | Path, run: Mapping[str, Any]) -> None:
         self.path = Path(path)
-        self.run = json.loads(json.dumps(run))
+        self.run = json.loads(json.dumps(run, default=lambda value: value.item()))  # numpy's numbers
 
     def check(self) -> None:
         """Raise OutputError now if the folder cannot be written later."""
@@ -78,7 +78,8 @@ class CheckpointFolder:
         """Replace what is there. Raises OutputError, and leaves it alone, where writing fails (a full disk)."""
         named = {f"{kind}/{n}": t for kind, tensors in checkpoint.tensors.items() for n, t in tensors.items()}
         state = {
-            "format": _FORMAT, "run": self.run, "position": asdict(checkpoint.position), "extra": checkpoint.extra
+            "format": _FORMAT, "run": self.run, "position": asdict(checkpoint.position), "extra": checkpoint.extra,
+            "checksum": digest(named),
         }  # fmt: skip
 
         def fill(folder: Path) -> None:
@@ -103,28 +104,32 @@ class CheckpointFolder:
             raise TrainingError(
                 f"the checkpoint {self.path} cannot be read: {first_line(error)}", hint="remove it, and start again"
             ) from error
-        self._require_same(state)
-        position = Position(**state["position"])
-        position.history = [EpochRecord(**r) for r in state["position"]["history"]]
+        try:
+            self._require_same(state)
+            position = Position(**state["position"])
+            position.history = [EpochRecord(**r) for r in state["position"]["history"]]
+            extra, checksum = state["extra"], state["checksum"]
+        except (AttributeError, KeyError, TypeError) as error:
+            raise self._damaged(f"{_STATE} lacks what it needs ({type(error).__name__}: {error})") from error
+        if checksum != digest(flat):
+            raise self._damaged("its tensors are not those that were written")
         tensors: dict[str, Tensors] = {}
         for name, tensor in flat.items():
             kind, _, rest = name.partition("/")
             tensors.setdefault(kind, {})[rest] = tensor
-        return Checkpoint(position, tensors, state["extra"])
+        return Checkpoint(position, tensors, extra)
+
+    def _damaged(self, what: str) -> TrainingError:
+        return TrainingError(f"the checkpoint {self.path} is damaged: {what}", hint="remove it, and start again")
 
     def _require_same(self, state: dict[str, Any]) -> None:
         hint = "give the options and the program of that run, or another checkpoint folder"
         if state.get("format") != _FORMAT:
             raise TrainingError(f"the checkpoint {self.path} has the format {state.get('format')}", hint=hint)
-        other = state["run"]
-        changed = [k for k in sorted({*self.run, *other}) if self.run.get(k) != other.get(k)]
-        if changed:
-            name = changed[0]
-            raise TrainingError(
-                f"the checkpoint {self.path} is of another run: {name} was {_short(other.get(name))}, "
-                f"is {_short(self.run.get(name))}",
-                hint=hint,
-            )
+        if changed := first_difference(state["run"], self.run):
+            name, before, now = changed
+            what = f"{name} was {_short(before)}, is {_short(now)}"
+            raise TrainingError(f"the checkpoint {self.path} is of another run: {what}", hint=hint)
 
 
 def is_checkpoint(path: Path) -> bool:
@@ -135,10 +140,21 @@ def is_checkpoint(path: Path) -> bool:
 def digest(tensors: Mapping[str, torch.Tensor]) -> str:
     """A checksum of names, shapes and values."""
     total = hashlib.sha256()
-    for name, tensor in tensors.items():
+    for name, tensor in sorted(tensors.items()):
         total.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
         total.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
     return total.hexdigest()[:16]
+
+
+def first_difference(old: Any, new: Any, path: str = "") -> tuple[str, Any, Any] | None:
+    """(where, old, new) of the first difference between two descriptions; None where they are equal."""
+    if isinstance(old, dict) and isinstance(new, dict):
+        pairs = [(f"{path}.{k}" if path else k, old.get(k), new.get(k)) for k in sorted({*old, *new})]
+    elif isinstance(old, list) and isinstance(new, list) and len(old) == len(new):
+        pairs = [(f"{path}.{i}", a, b) for i, (a, b) in enumerate(zip(old, new))]
+    else:
+        return None if old == new else (path, old, new)
+    return next((found for p, a, b in pairs if (found := first_difference(a, b, p))), None)
 
 
 def _flush(path: Path) -> None:

@@ -22,13 +22,14 @@ from torch import nn
 from torch.nn import functional
 from torch.utils import _pytree as pytree
 
-from ..errors import DataError, OptionError, did_you_mean
+from ..errors import DataError, FxpressError, OptionError, did_you_mean, first_line, line_of
+from ..frontend.cost import op_name
 from ..frontend.program import Program, layer_name
 from ..passes.prune.recovery.partial_run import PartialRun
 from ..runtime.feed import example_tensors, leaves
 from .distill_terms import Seen, Term
 from .engine import move
-from .objectives import Batch, call, check_classes
+from .objectives import Batch, call, check_classes, class_labels
 
 Inputs = tuple[torch.Tensor, ...]
 
@@ -63,6 +64,11 @@ class Distillation(nn.Module):
         """Are the labels of the data looked at?"""
         return bool(self.label_weight)
 
+    def described(self) -> dict[str, Any]:
+        """What it teaches, for checkpoints (describe.py)."""
+        weights = {"labels": self.label_weight, "label_smoothing": self.label_smoothing}
+        return {"terms": self.terms, **weights, "teacher": self._teacher.model}
+
     def forward(self, program: Program, batch: Batch) -> torch.Tensor:
         """The loss of one batch."""
         student, teacher = self._student(program, batch.inputs), self._teacher(batch.inputs)
@@ -73,7 +79,8 @@ class Distillation(nn.Module):
         ]
         if self.label_weight:
             check_classes(student.scores, batch.labels)
-            loss = functional.cross_entropy(student.scores, batch.labels, label_smoothing=self.label_smoothing)
+            labels = class_labels(batch.labels)
+            loss = functional.cross_entropy(student.scores, labels, label_smoothing=self.label_smoothing)
             losses.append(self.label_weight * loss)
         return torch.stack(losses).sum()
 
@@ -81,7 +88,13 @@ class Distillation(nn.Module):
         """Each term's adapters, for the sizes that one run on the example inputs shows."""
         inputs = example_tensors(student)
         with torch.no_grad():
-            seen, taught = self._student(student, inputs), self._teacher(inputs)
+            seen = self._student(student, inputs)
+            try:
+                taught = self._teacher(inputs)
+            except FxpressError:
+                raise
+            except Exception as error:
+                raise _running(error) from error
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
             return nn.ModuleList(nn.ModuleList(term.adapters(seen, taught)) for term in self.terms)
@@ -124,7 +137,9 @@ class _ProgramView:
             self._nodes = nodes
         values = self._run(inputs)
         first, *others = self._nodes
-        return Seen(values[first].float(), {name: values[n].float() for name, n in zip(self.names, others)})
+        named = dict(zip(self.names, others))
+        maps = frozenset(name for name, node in named.items() if channels_second(node))
+        return Seen(values[first].float(), {name: values[n].float() for name, n in named.items()}, maps)
 
 
 def named_node(program: Program, name: str) -> Any:
@@ -139,10 +154,42 @@ def named_node(program: Program, name: str) -> Any:
     return found[-1]
 
 
+def channels_second(node: Any) -> bool:
+    """Is a value of three dimensions [N, C, places], by the op that its channels come from?"""
+    while node.op == "call_function" and node.all_input_nodes:
+        name = op_name(node)
+        if name in _CHANNELS_SECOND:
+            return node.meta["val"].ndim == 3
+        if name in _MOVES or node.all_input_nodes[0].op == "get_attr":
+            return False
+        node = node.all_input_nodes[0]
+    return False
+
+
+# fmt: off
+_CHANNELS_SECOND = frozenset(f"aten.{n}" for n in (
+    "conv1d", "conv_transpose1d", "batch_norm", "instance_norm", "group_norm", "max_pool1d", "avg_pool1d",
+    "adaptive_avg_pool1d",
+))
+_MOVES = frozenset(f"aten.{n}" for n in (
+    "linear", "layer_norm", "embedding", "matmul", "bmm", "permute", "transpose", "view", "reshape", "flatten",
+    "unflatten", "scaled_dot_product_attention", "lstm", "gru",
+))
+# fmt: on
+
+
 def _is_feature(node: Any) -> bool:
     value = node.meta.get("val")
     constant = all(source.op == "get_attr" for source in node.all_input_nodes)
     return isinstance(value, torch.Tensor) and value.ndim >= 2 and value.is_floating_point() and not constant
+
+
+def _running(error: Exception) -> OptionError:
+    return OptionError(
+        f"the teacher does not run on the student's inputs: {type(error).__name__}: {first_line(error)}",
+        where=line_of(error),
+        hint="teacher and student take the same inputs",
+    )
 
 
 class _Teacher:
@@ -152,21 +199,30 @@ class _Teacher:
         self._student = student
         self._names = tuple(dict.fromkeys(names))
         self._view = _ProgramView(self._names)
-        self._model = model.copy().eval() if isinstance(model, Program) else copy.deepcopy(model).eval()
+        if not isinstance(model, (Program, nn.Module)):
+            raise OptionError(
+                f"the teacher is a {type(model).__name__}", hint="give a torch.nn.Module or a Program with its weights"
+            )
+        if isinstance(model, Program) and len(model.inputs) != len(student.inputs):
+            raise OptionError(
+                f"the teacher takes {len(model.inputs)} inputs, the student {len(student.inputs)}",
+                hint="teacher and student take the same inputs",
+            )
+        self.model = model.copy().eval() if isinstance(model, Program) else copy.deepcopy(model).eval()
         self._device = torch.device("cpu")
-        if isinstance(self._model, nn.Module):
-            _check_modules(self._model, self._names)
+        if isinstance(self.model, nn.Module):
+            _check_modules(self.model, self._names)
 
     @torch.no_grad()
     def __call__(self, inputs: Inputs) -> Seen:
         self._follow(inputs)
-        if isinstance(self._model, Program):
-            return self._view(self._model, inputs)
+        if isinstance(self.model, Program):
+            return self._view(self.model, inputs)
         found: dict[str, torch.Tensor] = {}
-        hooks = [self._model.get_submodule(n).register_forward_hook(_keep(found, n)) for n in self._names]
+        hooks = [self.model.get_submodule(n).register_forward_hook(_keep(found, n)) for n in self._names]
         try:
             args, kwargs = pytree.tree_unflatten(leaves(self._student, inputs), self._student.input_spec)
-            result = self._model(*args, **kwargs)
+            result = self.model(*args, **kwargs)
         finally:
             for hook in hooks:
                 hook.remove()
@@ -176,10 +232,10 @@ class _Teacher:
         device = inputs[0].device
         if device == self._device:
             return
-        if isinstance(self._model, Program):
-            move(self._model, device)
+        if isinstance(self.model, Program):
+            move(self.model, device)
         else:
-            self._model.to(device)
+            self.model.to(device)
         self._device = device
 
 

@@ -29,10 +29,18 @@ _SMALLEST = 1e-8
 
 
 class Seen(NamedTuple):
-    """What one model gave for a batch: its scores [N, classes, ...] and the values of named nodes, in float32."""
+    """What one model gave for a batch: its scores [N, classes, ...] and the values of named nodes, in float32.
+
+    `maps` names those values of three dimensions that are [N, C, places] and not [N, tokens, C].
+    """
 
     scores: torch.Tensor
     features: dict[str, torch.Tensor]
+    maps: frozenset[str] = frozenset()
+
+    def is_map(self, name: str) -> bool:
+        """Are the channels of a value its second dimension?"""
+        return self.features[name].ndim >= 4 or name in self.maps
 
 
 class Term(Protocol):
@@ -114,12 +122,12 @@ class Features:
         _require_pairs(self.pairs)
 
     def adapters(self, student: Seen, teacher: Seen) -> list[nn.Module]:
-        return [_adapter(student.features[s], teacher.features[t]) for s, t in self.pairs]
+        return [_adapter(student.features[s], teacher.features[t], student.is_map(s)) for s, t in self.pairs]
 
     def __call__(self, student: Seen, teacher: Seen, adapters: Sequence[nn.Module]) -> torch.Tensor:
         losses = []
         for (s, t), adapter in zip(self.pairs, adapters):
-            mine, theirs = _same_size(adapter(student.features[s]), teacher.features[t])
+            mine, theirs = _same_size(adapter(student.features[s]), teacher.features[t], student.is_map(s))
             losses.append(_relative(mine, theirs))
         return torch.stack(losses).mean()
 
@@ -168,12 +176,14 @@ class Attention:
             for name, value in ((s, student.features[s]), (t, teacher.features[t])):
                 if value.ndim < 3:
                     raise OptionError(f"{name} has no places to attend to: {list(value.shape)}", hint="name a map")
+            if not student.is_map(s) and student.features[s].shape[2:] != teacher.features[t].shape[2:]:
+                raise OptionError(f"{s} and {t} attend to different numbers of places", hint="pair values of one size")
         return []
 
     def __call__(self, student: Seen, teacher: Seen, adapters: Sequence[nn.Module]) -> torch.Tensor:
         losses = []
         for s, t in self.pairs:
-            mine, theirs = _same_size(student.features[s], teacher.features[t])
+            mine, theirs = _same_size(student.features[s], teacher.features[t], student.is_map(s))
             losses.append((attention_map(mine) - attention_map(theirs)).square().sum(1).mean())
         return torch.stack(losses).mean()
 
@@ -186,28 +196,36 @@ def attention_map(values: torch.Tensor) -> torch.Tensor:
 # -- sizes ---------------------------------------------------------------------------------------------------------
 
 
-def _adapter(mine: torch.Tensor, theirs: torch.Tensor) -> nn.Module:
+def _adapter(mine: torch.Tensor, theirs: torch.Tensor, is_map: bool) -> nn.Module:
     """From the student's width to the teacher's: channels of maps [N, C, ...], features of rows and tokens [..., C]."""
     if mine.ndim != theirs.ndim:
         raise OptionError(
             f"a value of shape {list(mine.shape)} cannot be led to one of shape {list(theirs.shape)}",
             hint="pair nodes of as many dimensions",
         )
-    axis = 1 if mine.ndim >= 4 else -1
+    axis = 1 if is_map else -1
     inputs, outputs = mine.shape[axis], theirs.shape[axis]
+    if not is_map and mine.shape[:-1] != theirs.shape[:-1]:
+        raise OptionError(
+            f"features of shape {list(mine.shape)} cannot be led to {list(theirs.shape)}: they differ in more than the "
+            "last dimension",
+            hint="pair nodes with as many tokens",
+        )
     if inputs == outputs:
         return nn.Identity()
-    if mine.ndim >= 4:
-        return (nn.Conv2d if mine.ndim == 4 else nn.Conv3d)(inputs, outputs, 1)
-    return nn.Linear(inputs, outputs)
+    return _POINTWISE[mine.ndim](inputs, outputs, 1) if is_map else nn.Linear(inputs, outputs)
 
 
-def _same_size(mine: torch.Tensor, theirs: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Both maps at the smaller height and width, the larger one averaged."""
-    if mine.ndim != 4 or theirs.ndim != 4 or mine.shape[2:] == theirs.shape[2:]:
+_POINTWISE = {3: nn.Conv1d, 4: nn.Conv2d, 5: nn.Conv3d}
+_AVERAGED = {3: F.adaptive_avg_pool1d, 4: F.adaptive_avg_pool2d, 5: F.adaptive_avg_pool3d}
+
+
+def _same_size(mine: torch.Tensor, theirs: torch.Tensor, is_map: bool) -> tuple[torch.Tensor, torch.Tensor]:
+    """Both maps at the smaller size in each direction, the larger one averaged."""
+    if not is_map or mine.ndim != theirs.ndim or mine.shape[2:] == theirs.shape[2:]:
         return mine, theirs
     size = [min(a, b) for a, b in zip(mine.shape[2:], theirs.shape[2:])]
-    return F.adaptive_avg_pool2d(mine, size), F.adaptive_avg_pool2d(theirs, size)
+    return _AVERAGED[mine.ndim](mine, size), _AVERAGED[mine.ndim](theirs, size)  # type: ignore[operator]
 
 
 def _require_temperature(value: float) -> None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Iterator, Sized
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, Protocol, cast
@@ -17,11 +18,11 @@ import torch
 from torch.utils.data import DataLoader, Dataset
 
 from ..errors import DataError, OptionError
-from ..frontend.batches import Batches, as_batches, examples_in
+from ..frontend.batches import Batches, as_batches, examples_in, read
 from ..frontend.data import Data
 from ..frontend.program import Program
 from ..runtime.feed import has_dynamic_batch
-from .seeding import generator_for, seed_all
+from .seeding import generator_for, seed_all, seed_for
 
 Inputs = tuple[torch.Tensor, ...]
 Augment = Callable[[Inputs, torch.Generator], Inputs]
@@ -132,20 +133,26 @@ class Indexed:
 class Streamed:
     """Batches as the data give them, in their order; every process reads all and takes its part of each.
 
-    The source is started anew for each epoch, and the global generators are seeded by its place before each batch, so
-    that a shuffling DataLoader gives each process, and a resumed run, the same examples.
+    The source is started anew for each epoch, and the global generators are seeded by its place before each batch,
+    those of a DataLoader by the epoch, so that one that shuffles gives each process, and a resumed run, the same
+    examples.
     """
 
     data: Batches
     seed: int
     labelled: bool = True
+    loader: DataLoader[Any] | None = None
 
     @cached_property
     def steps(self) -> int:
         source = self.data.source()
-        return len(source) if isinstance(source, Sized) else sum(1 for _ in source)
+        return len(source) if isinstance(source, Sized) else sum(1 for _ in read(lambda: source))
 
     def epoch(self, number: int, skip: int, part: Part) -> Iterator[Slot]:
+        with self._own_generators(number):
+            yield from self._shared(number, skip, part)
+
+    def _shared(self, number: int, skip: int, part: Part) -> Iterator[Slot]:
         for index, (inputs, labels) in enumerate(self._seeded(number)):
             if index < skip:
                 continue
@@ -155,6 +162,21 @@ class Streamed:
             rows = slice(mine.start, mine.stop)
             own = tuple(t[rows] if t.ndim and len(t) == size else t for t in inputs)
             yield Slot(own, labels[rows], len(mine) * part.count / size, size)
+
+    @contextmanager
+    def _own_generators(self, epoch: int) -> Iterator[None]:
+        """Seed the generators that a DataLoader was given, by the epoch, and give them back as they were."""
+        loader = self.loader
+        owners = () if loader is None else (loader, loader.sampler, loader.batch_sampler)
+        found = {id(g): g for o in owners if isinstance(g := getattr(o, "generator", None), torch.Generator)}
+        states = [(g, g.get_state()) for g in found.values()]
+        for generator, _ in states:
+            generator.manual_seed(seed_for(self.seed, "loader", epoch))
+        try:
+            yield
+        finally:
+            for generator, state in states:
+                generator.set_state(state)
 
     def _seeded(self, epoch: int) -> Iterator[tuple[Inputs, torch.Tensor]]:
         batches = self.data.labelled(self.labelled)
@@ -193,7 +215,7 @@ def as_examples(
     batches = as_batches(program, whole or data)
     finite = isinstance(batches.source(), (list, tuple)) or (isinstance(data, Data) and data.count is not None)
     held = hold(batches, batch_size, seed, labelled) if finite and has_dynamic_batch(program) else None
-    return held or Streamed(batches, seed, labelled)
+    return held or Streamed(batches, seed, labelled, data if isinstance(data, DataLoader) else None)
 
 
 def hold(batches: Batches, batch_size: int, seed: int, labelled: bool = True) -> Held | None:
@@ -215,9 +237,14 @@ def _one_set(program: Program, data: Any, labelled: bool) -> list[tuple[Any, ...
     """
     if not isinstance(data, tuple) or len(data) != len(program.inputs) + 1:
         return None
+    if isinstance(data[-1], list) and data[-1] and all(isinstance(v, (int, float)) for v in data[-1]):
+        data = (*data[:-1], torch.as_tensor(data[-1]))
     if not labelled and len({(tuple(np.shape(t)), str(getattr(t, "dtype", ""))) for t in data}) == 1:
         return None
     arrays = all(isinstance(t, (torch.Tensor, np.ndarray)) and t.ndim for t in data)
+    if arrays and labelled and len({len(t) for t in data}) > 1 and np.ndim(data[-1]) == 1:
+        counts = ", ".join(str(len(t)) for t in data[:-1])
+        raise DataError(f"the data hold {counts} examples and {len(data[-1])} labels", hint="give one label for each")
     return [data] if arrays and len({len(t) for t in data}) == 1 else None
 
 

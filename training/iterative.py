@@ -9,6 +9,7 @@ labels: `fxpress.prune_and_recover`.
 from __future__ import annotations
 
 import functools
+import numbers
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -21,10 +22,10 @@ from ..passes.prune.planning import plan_pruning
 from ..passes.prune.recovery.schedule import Choose, budget_of, kept_share
 from ..runtime.evaluate import Evaluate, least_allowed, measure, torch_runner
 from .examples import Augment
-from .loop import Progress, Trained, train
+from .loop import Progress, Trained, require_program, train
 from .objectives import CrossEntropy, Objective
 from .options import TrainingOptions
-from .schedules import require
+from .schedules import check_numbers, require
 from .sparsity import GroupLasso, GrowingPenalty
 
 
@@ -41,6 +42,7 @@ class Shrink:
     options: TrainingOptions | None = None
 
     def __post_init__(self) -> None:
+        check_numbers(self)
         require("method", self.method, self.method in ("growing", "group-lasso"), "growing or group-lasso")
         require("strength", self.strength, self.strength > 0, "a positive number")
 
@@ -98,7 +100,10 @@ def prune_and_finetune(
 
     Raises what `train` and `choose` raise; TrainingError where the first step drops more than `max_drop`.
     """
+    require_program(program)
     name, share = budget_of(macs, params)
+    is_share = max_drop is None or (isinstance(max_drop, numbers.Real) and not isinstance(max_drop, bool))
+    require("max_drop", max_drop, is_share, "a share such as 0.01")
     require("steps", steps, isinstance(steps, int) and not isinstance(steps, bool) and steps > 0, "1 or more")
     if max_drop is not None and evaluate is None:
         raise OptionError("max_drop has no effect without a metric", hint="give evaluate")

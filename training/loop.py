@@ -22,8 +22,9 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..errors import OptionError, did_you_mean
+from ..errors import DataError, FxpressError, OptionError, did_you_mean, first_line
 from ..frontend.program import Program, StageRecord
+from ..frontend.train_modes import training_notes
 from ..passes.memory import peak_memory
 from ..passes.prune.kinds.sparsify import zero_weights
 from ..passes.prune.plan import PruningPlan
@@ -31,13 +32,14 @@ from ..passes.prune.recovery.shuffle import AUGMENTATIONS
 from ..runtime.evaluate import Evaluate, Runner, Top1, measure, torch_runner
 from ..runtime.feed import leaves
 from .checkpoint import CheckpointFolder, EpochRecord, digest
+from .describe import described
 from .engine import Engine, Step, make_engine, move
-from .examples import Augment, Examples, Held, as_examples
+from .examples import Augment, Examples, Held, Indexed, Streamed, as_examples
 from .objectives import Batch, CrossEntropy, Objective, reads_labels
 from .options import TrainingOptions
 from .parameters import only, trainable
 from .run import Hooks, Progress, Run, Saving
-from .schedules import OneCycle
+from .schedules import OneCycle, require
 from .seeding import generators_kept
 
 OnEpoch = Callable[[Program, int], None]
@@ -55,7 +57,8 @@ class Trained:
         """For people: the losses, and which epoch was kept."""
         losses = ", ".join(f"{r.loss:.4f}" for r in self.history)
         metric = "" if self.kept.metric is None else f", metric {self.kept.metric:.4f}"
-        return [f"mean loss by epoch: {losses}", f"weights of epoch {self.kept.epoch}{metric}"]
+        kept = f"weights of epoch {self.kept.epoch}{metric}"
+        return [*training_notes(self.program), f"mean loss by epoch: {losses}", kept]
 
 
 def finetune(program: Program, data: Any, options: TrainingOptions | None = None, **choices: Any) -> Program:
@@ -96,11 +99,13 @@ def train(
 
     Raises OptionError, DataError, TrainingError (a loss that is not finite, a lost process), OutputError.
     """
+    require_program(program)
     options = options or TrainingOptions()
-    _check_choices(options, objective, evaluate, checkpoint, checkpoint_every)
+    _check_choices(options, objective, evaluate, plan, checkpoint, checkpoint_every)
     augment = _augmentation(augment, objective)
     labelled = reads_labels(objective) or bool(options.hold_out)
-    whole = as_examples(program, data, options.batch_size, options.seed, workers, labelled)
+    with generators_kept():
+        whole = read_examples(program, data, options, workers, labelled)
     examples, held_out = _hold_out(whole, options.hold_out)
     engine = make_engine(options)
     copy, objective = program.copy(), objective or CrossEntropy(options.label_smoothing)
@@ -108,13 +113,14 @@ def train(
     start = time.perf_counter()
     with generators_kept(), only(copy, chosen), peak_memory() as memory:
         step = Step(copy, objective)
-        described = {
+        run_of = {
             **options.described(),
             "start": digest(step.state_dict()),
             "steps": examples.steps,
-            **{k: _called(f) for k, f in (("objective", objective), ("augment", augment), ("evaluate", evaluate))},
+            **{k: described(v) for k, v in (("objective", objective), ("plan", plan))},
+            **{k: _called(f) for k, f in (("augment", augment), ("evaluate", evaluate))},
         }
-        saving = _saving(checkpoint, checkpoint_every, described, engine.is_first)
+        saving = _saving(checkpoint, checkpoint_every, run_of, engine.is_first)
         move(copy, engine.device)
         judge = _judge(copy, objective, evaluate, held_out, engine)
         zeros = _keep_zeros(plan) if plan is not None else None
@@ -184,10 +190,13 @@ def _check_choices(
     options: TrainingOptions,
     objective: Objective | None,
     evaluate: Evaluate | None,
+    plan: PruningPlan | None,
     checkpoint: str | Path | None,
     checkpoint_every: int | None,
 ) -> None:
-    """Raise OptionError for what would have no effect."""
+    """Raise OptionError for what has another type than it should, or would have no effect."""
+    require("options", options, isinstance(options, TrainingOptions), "TrainingOptions(epochs=3, ...)")
+    require("plan", plan, plan is None or isinstance(plan, PruningPlan), "a PruningPlan, or None")
     if objective is not None and options.label_smoothing:
         raise OptionError("label_smoothing has no effect on an objective of your own", hint="leave one of them out")
     if checkpoint is None and checkpoint_every is not None:
@@ -202,13 +211,35 @@ def _check_choices(
         raise OptionError("warmup has no place before a one-cycle schedule", hint="its `rise` is the warm-up")
 
 
+def require_program(program: Any) -> None:
+    """Raise OptionError for what is no Program."""
+    if not isinstance(program, Program):
+        kind = type(program).__name__
+        raise OptionError(f"expected a Program, got {kind}", hint="fxpress.capture(module, example_inputs) makes one")
+
+
+def read_examples(
+    program: Program, data: Any, options: TrainingOptions, workers: int = 0, labelled: bool = True
+) -> Held | Indexed | Streamed:
+    """The data of a training. Raises DataError, also where code of the user's that gives them fails."""
+    try:
+        return as_examples(program, data, options.batch_size, options.seed, workers, labelled)
+    except FxpressError:
+        raise
+    except Exception as error:
+        raise DataError(
+            f"the training data cannot be read: {type(error).__name__}: {first_line(error)}",
+            hint="give (inputs..., labels), a list of such batches, a Dataset or a DataLoader",
+        ) from error
+
+
 def _augmentation(augment: Augment | str | None, objective: Objective | None) -> Augment | None:
     """An augmentation by its name. Mixed pictures have no label: they need an objective that does without."""
     if not isinstance(augment, str):
         return augment
     if augment not in AUGMENTATIONS:
         raise OptionError(f"unknown augmentation {augment!r}", hint=did_you_mean(augment, AUGMENTATIONS))
-    if "cutmix" in augment and objective is None:
+    if "cutmix" in augment and reads_labels(objective):
         raise OptionError(f"{augment} mixes pictures, not their labels", hint="use flip-shift, or distillation")
     return None if augment == "none" else AUGMENTATIONS[augment]
 
@@ -224,12 +255,12 @@ def _called(function: Any) -> str:
     return str(getattr(function, "__name__", type(function).__name__))
 
 
-def _saving(path: str | Path | None, every: int | None, described: dict[str, Any], writes: bool) -> Saving | None:
+def _saving(path: str | Path | None, every: int | None, run_of: dict[str, Any], writes: bool) -> Saving | None:
     if path is None:
         return None
     if every is not None and every < 1:
         raise OptionError(f"checkpoint_every is {every}", hint="give a number of steps")
-    folder = CheckpointFolder(path, described)
+    folder = CheckpointFolder(path, run_of)
     if writes:
         folder.check()
     return Saving(folder, every)

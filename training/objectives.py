@@ -17,6 +17,7 @@ from torch.nn import functional
 from torch.utils import _pytree as pytree
 
 from ..errors import DataError
+from ..frontend.batches import NO_LABEL
 from ..frontend.program import Program
 from ..runtime.feed import leaves
 
@@ -60,7 +61,7 @@ class CrossEntropy:
     def __call__(self, program: Program, batch: Batch) -> torch.Tensor:
         output = scores(program, batch.inputs)
         check_classes(output, batch.labels)
-        return functional.cross_entropy(output, batch.labels, label_smoothing=self.label_smoothing)
+        return functional.cross_entropy(output, class_labels(batch.labels), label_smoothing=self.label_smoothing)
 
 
 def check_classes(output: torch.Tensor, labels: torch.Tensor) -> None:
@@ -72,8 +73,14 @@ def check_classes(output: torch.Tensor, labels: torch.Tensor) -> None:
             f"labels of shape {list(labels.shape)} ({labels.dtype}) do not fit an output of shape {list(output.shape)}",
             hint="cross entropy takes one class number per example; for other tasks give an objective of your own",
         )
-    if not shares and labels.numel() and not 0 <= int(labels.min()) <= int(labels.max()) < output.shape[1]:
+    counted = labels if shares else labels[labels != NO_LABEL]
+    if not shares and counted.numel() and not 0 <= int(counted.min()) <= int(counted.max()) < output.shape[1]:
         raise DataError(
-            f"labels go from {int(labels.min())} to {int(labels.max())}, the model has {output.shape[1]} classes",
-            hint="check that data and model belong together",
+            f"labels go from {int(counted.min())} to {int(counted.max())}, the model has {output.shape[1]} classes",
+            hint=f"check that data and model belong together (places without a label have {NO_LABEL})",
         )
+
+
+def class_labels(labels: torch.Tensor) -> torch.Tensor:
+    """Labels in a dtype that PyTorch's losses take: class numbers of any integer dtype as int64."""
+    return labels if labels.is_floating_point() else labels.long()

@@ -11,7 +11,7 @@ import torch
 
 from ..errors import OptionError
 from ..passes.prune.recovery.muon import Muon as OrthogonalSteps
-from .schedules import Cosine, Schedule, require
+from .schedules import Cosine, Schedule, check_numbers, require
 
 Precision = Literal["float32", "bfloat16", "float16"]
 Group = dict[str, Any]  # a parameter group, as torch.optim takes it
@@ -46,7 +46,8 @@ class AdamW:
 
     def __post_init__(self) -> None:
         _check_optimizer(self)
-        require("betas", self.betas, all(0 <= b < 1 for b in self.betas), "two numbers in [0, 1)")
+        pair = isinstance(self.betas, (tuple, list)) and len(self.betas) == 2
+        require("betas", self.betas, pair and all(0 <= b < 1 for b in self.betas), "two numbers in [0, 1)")
 
     def make(self, groups: Iterable[Group]) -> torch.optim.Optimizer:
         return torch.optim.AdamW(list(groups), self.learning_rate, betas=self.betas)
@@ -114,9 +115,16 @@ class TrainingOptions:
     seed: int = 0
 
     def __post_init__(self) -> None:
+        check_numbers(self)
+        known = isinstance(self.optimizer, Optimizer)
+        require("optimizer", self.optimizer, known, "SGD(0.05), AdamW(1e-3) or Muon(5e-3)")
+        require("schedule", self.schedule, isinstance(self.schedule, Schedule), "Cosine(), Constant(), Step(), ...")
+        if isinstance(self.freeze, str):
+            object.__setattr__(self, "freeze", (self.freeze,))
+        globs = isinstance(self.freeze, (tuple, list)) and all(isinstance(g, str) for g in self.freeze)
+        require("freeze", self.freeze, globs, 'globs of parameter names: ("stem.*",)')
         for name in ("epochs", "batch_size"):
-            value = getattr(self, name)
-            require(name, value, isinstance(value, int) and not isinstance(value, bool) and value > 0, "1 or more")
+            require(name, getattr(self, name), getattr(self, name) > 0, "1 or more")
         for name in ("warmup", "label_smoothing", "hold_out"):
             require(name, getattr(self, name), 0 <= getattr(self, name) < 1, "a share in [0, 1)")
         require("clip_norm", self.clip_norm, self.clip_norm is None or self.clip_norm > 0, "a positive number")
@@ -138,5 +146,6 @@ _PRECISIONS = ("float32", "bfloat16", "float16")
 
 
 def _check_optimizer(optimizer: Optimizer) -> None:
+    check_numbers(optimizer)
     require("learning_rate", optimizer.learning_rate, optimizer.learning_rate > 0, "a positive number")
     require("weight_decay", optimizer.weight_decay, optimizer.weight_decay >= 0, "zero or a positive number")

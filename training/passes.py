@@ -26,7 +26,7 @@ from .loop import Trained, train
 from .matching import matched_values
 from .objectives import Objective
 from .options import SGD, AdamW, Muon, Optimizer, TrainingOptions
-from .qat import Simulation, freeze_norms, train_simulated
+from .qat import Simulation, freeze_norms, thaw_norms, train_simulated
 
 Augmentation = Literal["none", "flip-shift", "flip-shift-cutmix"]
 
@@ -130,7 +130,8 @@ class Distil(Training):
         if not isinstance(teacher, Program):
             raise OptionError("distil has no teacher", hint="put it after prune{...}, or use finetune")
         freeze = bool(self.match) if self.freeze is None else self.freeze
-        if freeze and not freeze_norms(program) and self.freeze:
+        frozen = freeze_norms(program) if freeze else []
+        if not frozen and self.freeze:
             raise OptionError("freeze has no effect: the program has no BatchNorm", hint="leave it out")
         terms = _terms(self.soft, self.temperature, self.features)
         terms += [Relations(self.relations, temperature=self.temperature)] if self.relations else []
@@ -138,7 +139,9 @@ class Distil(Training):
         terms += [Attention(_pairs(self.attention))] if self.attention else []
         objective = Distillation(program, teacher, terms, labels=self.labels, seed=context.seed)
         options, choices = self.options(context), self.choices(context, self.labels)
-        return _trained(program, train(program, training_data(context), options, objective=objective, **choices))
+        trained = train(program, training_data(context), options, objective=objective, **choices)
+        thaw_norms(trained.program, frozen)
+        return _trained(program, trained)
 
 
 @register_pass

@@ -12,8 +12,7 @@ a freeze point the statistics lag behind the weights to the end, so they are the
 
 from __future__ import annotations
 
-import math
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -32,10 +31,10 @@ from ..passes.quantize.fake_quant import FakeQuantize
 from ..passes.quantize.fold_fake_quant import FoldFakeQuantize
 from ..passes.quantize.passes import Annotate, Calibrate, Observe
 from ..passes.rewrite import argument, aten, find
-from .examples import as_examples
-from .loop import Trained, train
+from .loop import Trained, require_program, train
 from .objectives import Batch, CrossEntropy, Objective, reads_labels
 from .options import SGD, TrainingOptions
+from .schedules import check_numbers
 
 DEFAULT_OPTIONS = TrainingOptions(epochs=1, optimizer=SGD(0.01, weight_decay=1e-4))
 
@@ -53,6 +52,7 @@ class Simulation:
     reestimate: bool | None = None
 
     def __post_init__(self) -> None:
+        check_numbers(self)
         if self.freeze is not None and not 0 <= self.freeze <= 1:
             raise OptionError(f"freeze is {self.freeze}", hint="give a share of the training in [0, 1], or None")
 
@@ -60,7 +60,7 @@ class Simulation:
 def train_quantized(
     program: Program,
     data: Any,
-    options: TrainingOptions = DEFAULT_OPTIONS,
+    options: TrainingOptions | None = None,
     *,
     calibration: Iterable[Any],
     target: str = "ort-x86",
@@ -75,7 +75,8 @@ def train_quantized(
     is `train_simulated`.
     Raises what `fxpress.quantize` and `fxpress.train` raise.
     """
-    simulation = simulation or Simulation()
+    require_program(program)
+    options, simulation = options or DEFAULT_OPTIONS, simulation or Simulation()
     context = Context(load_target(target), as_batches(program, calibration), seed=options.seed)
     passes = [FuseBatchNorm(keep=True), Annotate(keep_float), Observe(), Calibrate(), simulation.fake]
     fake = PassManager(passes).run(program, context)
@@ -93,16 +94,22 @@ def train_simulated(
 ) -> Trained:
     """Train a fake-quantized program as `simulation` says, and return it unfolded. `choices` are those of `train`."""
     simulation = simulation or Simulation()
-    norms = bool(_norms(fake))
+    if options.precision == "float16" and any(n.endswith("log_change") for n, _ in fake.named_parameters()):
+        raise OptionError(
+            "scales cannot be learned from a loss that is scaled up for float16",
+            hint='use "bfloat16", or learn_scales=false',
+        )
+    norms = {n.name for n in _norms(fake) if not _is_frozen(n)}  # those that are frozen for good stay so
     if norms and simulation.freeze is not None:
         objective = choices.pop("objective", None)
-        examples = as_examples(fake, data, options.batch_size, options.seed, labelled=reads_labels(objective))
-        steps = options.epochs * examples.steps
         if objective is None:
             objective, options = CrossEntropy(options.label_smoothing), replace(options, label_smoothing=0.0)
-        choices["objective"] = FreezeNorms(objective, math.ceil(simulation.freeze * steps))
+        choices["objective"] = FreezeNorms(objective, simulation.freeze)
     trained = train(fake, data, options, name=choices.pop("name", "qat"), **choices)
-    anew = simulation.reestimate if simulation.reestimate is not None else simulation.freeze is None
+    anew = simulation.reestimate
+    if anew is None:  # never frozen, or stopped before
+        anew = simulation.freeze is None or not all(map(_is_frozen, _norms(trained.program)))
+    thaw_norms(trained.program, norms)
     if norms and anew:
         if calibration is None:
             raise OptionError("BatchNorm's statistics are computed on calibration data", hint="give calibration")
@@ -111,28 +118,41 @@ def train_simulated(
 
 
 class FreezeNorms(nn.Module):
-    """An objective under which BatchNorm uses its running statistics from step `step` on."""
+    """An objective under which BatchNorm uses its running statistics from the share `freeze` of the training on."""
 
-    def __init__(self, objective: Objective, step: int) -> None:
+    def __init__(self, objective: Objective, freeze: float) -> None:
         super().__init__()
-        self.objective, self.step = objective, step
+        self.objective, self.freeze = objective, freeze
         self.reads_labels = reads_labels(objective)
+
+    def described(self) -> dict[str, Any]:
+        """For checkpoints (describe.py)."""
+        return {"objective": self.objective, "freeze": self.freeze}
 
     def forward(self, program: Program, batch: Batch) -> torch.Tensor:
         """The loss of `objective`, the norms frozen before it where the time has come."""
-        if batch.step >= self.step and program.training:
+        if batch.done >= self.freeze and program.training:
             freeze_norms(program)
         return self.objective(program, batch)
 
 
-def freeze_norms(program: Program) -> int:
-    """Let every BatchNorm keep its running statistics, in training too, in place. Returns how many were not frozen."""
+def freeze_norms(program: Program) -> list[str]:
+    """Let every BatchNorm keep its running statistics, in training too, in place. Returns the names of the nodes that
+    were not frozen."""
     changed = [n for n in _norms(program) if not _is_frozen(n)]
     for node in changed:
         node.meta["custom"] = {**(node.meta.get("custom") or {}), FROZEN: True}
     if changed:
         program.train(program.training)
-    return len(changed)
+    return [n.name for n in changed]
+
+
+def thaw_norms(program: Program, names: Collection[str]) -> None:
+    """Let the named BatchNorm nodes train their statistics again, in place."""
+    for node in _norms(program):
+        if node.name in names and _is_frozen(node):
+            node.meta["custom"] = {k: v for k, v in node.meta["custom"].items() if k != FROZEN}
+    program.train(program.training)
 
 
 def _norms(program: Program) -> list[fx.Node]:

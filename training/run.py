@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -11,7 +10,7 @@ from typing import Any
 
 import torch
 
-from ..errors import FxpressError, TrainingError, first_line
+from ..errors import FxpressError, TrainingError, first_line, line_of
 from ..frontend.program import Program
 from ..passes.prune.recovery.muon import lookup_tables
 from .average import Average, Tensors, assign, copied, values
@@ -232,7 +231,7 @@ class Run:
                 ) from error
             raise TrainingError(
                 f"step {self.position.step} fails: {type(error).__name__}: {first_line(error)}",
-                where=_where(error),
+                where=line_of(error),
                 hint="objective, augment and on_epoch are called there",
             ) from error
 
@@ -242,9 +241,3 @@ def _is_lost_contact(error: Exception) -> bool:
     distributed = getattr(torch.distributed, "DistError", ())
     told = isinstance(error, RuntimeError) and any(w in str(error).lower() for w in words)
     return told or isinstance(error, distributed)
-
-
-def _where(error: BaseException) -> str | None:
-    """The deepest line outside torch."""
-    frames = [f for f in traceback.extract_tb(error.__traceback__) if "/torch/" not in f.filename]
-    return f"{frames[-1].filename}:{frames[-1].lineno}: {frames[-1].line}" if frames else None

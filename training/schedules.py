@@ -5,7 +5,9 @@ All but `Plateau` are functions of the position alone, so a resumed run needs no
 
 from __future__ import annotations
 
+import dataclasses
 import math
+import numbers
 from dataclasses import dataclass
 
 from ..errors import OptionError
@@ -27,7 +29,7 @@ class Step:
     gamma: float = 0.1
 
     def __post_init__(self) -> None:
-        if not all(0 < m < 1 for m in self.milestones):
+        if not isinstance(self.milestones, (tuple, list)) or not all(0 < m < 1 for m in self.milestones):
             raise OptionError(f"milestones are {self.milestones}", hint="shares of the training: (0.5, 0.75)")
         require("gamma", self.gamma, 0 < self.gamma <= 1, "a factor in (0, 1]")
 
@@ -42,6 +44,7 @@ class Cosine:
     final: float = 0.0
 
     def __post_init__(self) -> None:
+        check_numbers(self)
         require("final", self.final, 0 <= self.final <= 1, "a share of the peak rate in [0, 1]")
 
     def factor(self, done: float) -> float:
@@ -58,6 +61,7 @@ class OneCycle:
     final: float = 1e-4
 
     def __post_init__(self) -> None:
+        check_numbers(self)
         require("rise", self.rise, 0 < self.rise < 1, "a share of the training in (0, 1)")
         for name in ("start", "final"):
             require(name, getattr(self, name), 0 <= getattr(self, name) <= 1, "a share of the peak rate in [0, 1]")
@@ -76,6 +80,7 @@ class Plateau:
     patience: int = 2
 
     def __post_init__(self) -> None:
+        check_numbers(self)
         require("gamma", self.gamma, 0 < self.gamma < 1, "a factor in (0, 1)")
         require("patience", self.patience, self.patience >= 0, "a number of epochs")
 
@@ -92,6 +97,17 @@ Schedule = Constant | Step | Cosine | OneCycle | Plateau
 
 def _cosine(start: float, end: float, done: float) -> float:
     return end + (start - end) * 0.5 * (1 + math.cos(math.pi * min(max(done, 0.0), 1.0)))
+
+
+def check_numbers(options: object) -> None:
+    """Raise OptionError where a field that is annotated as a number holds something else."""
+    for field in dataclasses.fields(options):  # type: ignore[arg-type]
+        kind, _, rest = str(field.type).partition(" | ")
+        value = getattr(options, field.name)
+        if kind not in ("int", "float") or (value is None and rest == "None"):
+            continue
+        number = isinstance(value, numbers.Integral if kind == "int" else numbers.Real) and not isinstance(value, bool)
+        require(field.name, value, number, "a whole number" if kind == "int" else "a number")
 
 
 def require(name: str, value: object, holds: bool, what: str) -> None:

@@ -307,9 +307,14 @@ def _quantize_weight(program: Program, layer: fx.Node, form: NumberFormat, optio
 
 
 def _largest(layer: fx.Node, source: fx.Node, form: NumberFormat, limit: int) -> fx.Node:
-    """The scale with which the largest weight of a channel (of all, for one scale) is the largest number."""
+    """The scale with which the largest weight of a channel (of all, for one scale) is the largest number.
+
+    It is a bound and nothing to learn: the gradient of a scale is that of its logarithm, far from what the largest
+    weight of a channel should be told.
+    """
     weight = source.meta["val"]
-    sizes = call_before(layer, aten.abs.default, source, value=weight)
+    held = call_before(layer, aten.detach.default, source, value=weight)
+    sizes = call_before(layer, aten.abs.default, held, value=weight)
     rows = [weight.shape[0] if form.per_channel else 1, -1]
     flat = call_before(layer, aten.reshape.default, sizes, rows, value=weight.reshape(rows))
     most = call_before(layer, aten.amax.default, flat, [1], value=flat.meta["val"].amax(1))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import numbers
 from typing import Any, Literal, Protocol
 
 from ....errors import OptionError
@@ -72,7 +73,7 @@ def budget_of(macs: float | None, params: float | None) -> tuple[Literal["macs",
         raise OptionError("give exactly one budget, macs or params", hint="for example macs=0.5")
     share = macs if macs is not None else params
     assert share is not None
-    if isinstance(share, bool) or not 0 < share <= 1:
+    if not isinstance(share, numbers.Real) or isinstance(share, bool) or not 0 < share <= 1:
         raise OptionError(f"the budget is {share!r}", hint="give the share that is kept, in (0, 1]")
     return ("macs" if macs is not None else "params"), float(share)
 
