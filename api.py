@@ -13,8 +13,11 @@ import torch
 from .backends.onnx.lower import lower
 from .backends.targets import load_target
 from .compilation.options import (
+    check_labels,
     check_settings,
     checked_drop,
+    checked_labels,
+    checked_preprocess,
     checked_search,
     checked_threads,
     journal_beside,
@@ -26,7 +29,7 @@ from .errors import DataError, OptionError
 from .frontend.batches import Batches, as_batches
 from .frontend.capture import capture, notes_of
 from .frontend.preprocess import Preprocess
-from .frontend.program import Program
+from .frontend.program import Program, require_program
 from .frontend.weights import check_program_finite
 from .passes.base import Context
 from .passes.manager import PassManager
@@ -65,7 +68,7 @@ def compile(
     seed: int = 0,
     threads: int = 1,
     name: str | None = None,
-    preprocess: Preprocess | None = None,
+    preprocess: Preprocess | str | None = None,
     labels: Iterable[str] = (),
     reference: Program | None = None,
     plan: PruningPlan | None = None,
@@ -116,14 +119,18 @@ def compile(
         tune=tune,
         tune_seconds=tune_seconds,
         allow_slower=allow_slower,
-        preprocess=preprocess,
-        labels=tuple(labels),
+        preprocess=checked_preprocess(preprocess),
+        labels=checked_labels(labels),
         dump=Path(dump) if dump else None,
         progress=progress,
         processes=processes,
         training=training,
     )
     check_settings(settings)
+    if reference is not None:
+        require_program(reference, "reference is")
+    if plan is not None and not isinstance(plan, PruningPlan):
+        raise OptionError(f"plan is a {type(plan).__name__}", hint="give the PruningPlan that the program was made by")
     if calibration is None and quantizes(settings.passes):
         raise DataError("quantization needs calibration data", hint="give calibration (--data), or the recipe float")
     if output is not None:
@@ -133,6 +140,7 @@ def compile(
         program = as_program(module, args, kwargs, share_weights=True)
         record.notes += notes_of(program)
         check_program_finite(program)
+        check_labels(settings.labels, program)
     batches = _checked_calibration(program, calibration, stages)
     artifact = compile_program(program, reference or program, settings, stages, batches, evaluate, plan)
     if output is not None:
@@ -172,6 +180,7 @@ def quantize(
 
     Raises DataError for calibration data that do not fit, QuantizationError, OptionError.
     """
+    require_program(program)
     context = Context(target=load_target(target), calibration=as_batches(program, calibration), seed=seed)
     context.processes = started_processes(distributed)
     passes = [*parse_pipeline(FLOAT_PIPELINE), make_pass("quantize", {"ranges": ranges})]
@@ -180,6 +189,7 @@ def quantize(
 
 def to_onnx(program: Program, target: str = "ort-x86", opset: int = 21) -> onnx.ModelProto:
     """A program, float or quantized, as an ONNX model. Raises LoweringError for what cannot be written."""
+    require_program(program)
     load_target(target)
     return lower(program, opset=opset)
 

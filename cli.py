@@ -295,6 +295,8 @@ def guarded(run: Callable[[], int | None]) -> int:
     except FxpressError as error:
         show_error(error)
     except TyperException as error:
+        if not error.format_message():  # a command without arguments: its help has been shown
+            return USER_ERROR
         show_error(OptionError(error.format_message(), hint="see `fxpress --help`, or `fxpress COMMAND --help`"))
     except (KeyboardInterrupt, typer.Abort):
         return _INTERRUPTED

@@ -76,11 +76,13 @@ def inspect_model(
     from ..passes.prune.describe import couplings
     from ..passes.prune.groups import find_groups, find_pinned
     from ..passes.prune.rules.table import analyze
+    from ..passes.rewrite import refuse_quantized
 
     table = load_target(target)
     source = resolve_source(model, weights, seed=0)
     args, kwargs = resolve_example(source, input_size, None, seed=0)
     program = run_passes(as_program(source.module, args, kwargs), "cleanup")
+    refuse_quantized(program, "groups and costs are those of the float program")
     analysis = analyze(program)
     groups, pinned = couplings(analysis, find_groups(analysis)), find_pinned(analysis)
     fused = run_passes(program, "fuse-batchnorm")

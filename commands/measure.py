@@ -7,11 +7,11 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from ..errors import ArtifactError, DataError, OptionError
+from ..errors import ArtifactError, DataError, FxpressError, OptionError
 from ..runtime.artifact import read_models
 from ..runtime.benchmark import Timing, compare_latency
 from ..runtime.manifest import MODEL, Manifest
-from ..runtime.report.words import milliseconds, percent, speed
+from ..runtime.report.words import metric_words, milliseconds, speed
 from ..runtime.session import Session, make_session
 from .screen import emit_json, say, show_table
 
@@ -36,9 +36,8 @@ def evaluate_artifact(folder: Path, data: str, preprocess: str | None, threads: 
     sessions = [make_session(m, threads=threads) for m in read_models(folder)]
     metrics = [measure(Top1(judged), file_runner(manifest.inputs, s)) for s in sessions]
     timing = compare_latency(sessions[0], sessions[1], single_inputs(manifest.inputs))
-    change = 100 * (metrics[1].value - metrics[0].value)
     rows = [
-        (metrics[0].name, percent(metrics[0].value, 2), percent(metrics[1].value, 2), f"{change:+.2f} points"),
+        (metrics[0].name, *metric_words(metrics[0].value, metrics[1].value)),
         ("latency", milliseconds(timing.first_ms), milliseconds(timing.second_ms), speed(timing.ratio)),
     ]
     show_table(
@@ -91,7 +90,10 @@ def other_model(path: Path, threads: int) -> Session:
     """A session for any ONNX file. Raises ArtifactError."""
     if not path.is_file():
         raise ArtifactError(f"no such file: {path}", hint="give the path of an .onnx file")
-    return make_session(path, threads=threads)
+    try:
+        return make_session(path, threads=threads)
+    except FxpressError as error:
+        raise ArtifactError(f"{path}: {error.message}", hint="give an .onnx file that ONNX Runtime can load") from error
 
 
 def check_same_inputs(first: Session, second: Session, name: str) -> None:

@@ -172,6 +172,8 @@ def find_allowed(
     options = print_pipeline(tail)
     trials = Trials(floating, context)
     journal = Journal(allowance.journal, _fingerprint(floating, context, allowance))
+    # Another metric of the same name is told by what it says of the model that was asked for.
+    journal.expect(f"as asked: {options}", {"value": first.value if isinstance(first, Metric) else None})
     search = Search(_attempt(trials, context), allowance.needed, allowance.budget, journal)
     if context.progress:
         progress = context.progress

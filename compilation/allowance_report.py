@@ -16,7 +16,7 @@ _LISTED = 8
 def describe(outcome: Outcome) -> list[str]:
     """Notes: what was kept in float and what it gained, the curve, and why the search ended."""
     best, first = outcome.best, outcome.trials[0]
-    change = "as asked" if best is first else print_pipeline(outcome.passes)
+    change = "as asked" if best is first else print_pipeline(outcome.passes) or "none, all stays in float"
     judged = f"{len(outcome.trials)} trials, {sum(t.seconds for t in outcome.trials):.0f} s"
     verdict = "the allowance is kept" if outcome.met else "the allowance could not be kept"
     share = best.float_macs / outcome.total_macs if outcome.total_macs else 0.0

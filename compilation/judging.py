@@ -124,6 +124,8 @@ def parity_promise(parity: Parity, layers: LayerParity | None, target: Target) -
         f"each layer, fed the same inputs, differs by at most {layers.max_steps:g} quantization step(s) between "
         f"PyTorch and ONNX Runtime; run at batches {sizes}"
     )
+    if layers.output_relative > layers.bound:
+        detail += f"; float outputs differ by {layers.output_relative:.1e} of the largest, allowed is {layers.bound:g}"
     if note := without_vnni(target):
         detail += f"; {note}"
     return Promise("parity", layers.kept, detail)

@@ -6,9 +6,12 @@ what was asked for.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from pathlib import Path
 
 from ..errors import DataError, OptionError
+from ..frontend.preprocess import Preprocess, load_preprocess
+from ..frontend.program import Program
 from ..passes.quantize.placement.fallback import Budget
 from ..recipe import parse_drop
 from ..runtime.evaluate import Evaluate
@@ -35,6 +38,30 @@ def checked_drop(max_drop: str | float | None, evaluate: Evaluate | None) -> flo
             "max_drop has no effect without a metric", hint="give evaluate (on the command line: --eval DATA)"
         )
     return parse_drop(max_drop)
+
+
+def checked_preprocess(preprocess: Preprocess | str | None) -> Preprocess | None:
+    """A preprocess, by its name or file too."""
+    if isinstance(preprocess, str):
+        return load_preprocess(preprocess)
+    if preprocess is not None and not isinstance(preprocess, Preprocess):
+        raise OptionError(f"preprocess is a {type(preprocess).__name__}", hint="give a Preprocess, or a name: imagenet")
+    return preprocess
+
+
+def checked_labels(labels: Iterable[str]) -> tuple[str, ...]:
+    """The names of classes."""
+    names = () if isinstance(labels, str) or not isinstance(labels, Iterable) else tuple(labels)
+    if (labels and not names) or not all(isinstance(n, str) for n in names):
+        raise OptionError(f"labels are {labels!r}", hint='give the names of the classes: ["cat", "dog"]')
+    return names
+
+
+def check_labels(labels: tuple[str, ...], program: Program) -> None:
+    """Raise OptionError where there are not as many names as the model has classes."""
+    dims = program.outputs[0].dims if len(program.outputs) == 1 else ()
+    if labels and len(dims) == 2 and isinstance(dims[1], int) and dims[1] != len(labels):
+        raise OptionError(f"there are {len(labels)} labels for {dims[1]} classes", hint="name every class once")
 
 
 def checked_search(

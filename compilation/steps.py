@@ -15,6 +15,7 @@ from typing import Any
 
 import onnx
 
+from ..errors import OptionError
 from ..frontend.batches import Batches
 from ..frontend.cost import count_macs
 from ..frontend.program import Program
@@ -172,9 +173,20 @@ def transform(
         with stages.step("tune") as record:
             tail = placing.tuned(floating, tail, record)
     final = run(tail, floating, cut) if tail else floating
+    refuse_unfolded(final)
     stages.records += final.log[known:]
     plan = context.results.get("prune")
     return Compiled(floating if tail else None, final, plan, (*passes[:cut], *tail))
+
+
+def refuse_unfolded(program: Program) -> None:
+    """Raise OptionError for a program that observes or simulates integers, and has none."""
+    for node in program.graph.nodes:
+        for op, missing in (("fxpress.observe", "fold"), ("fxpress.fake_quantize", "fold-fake-quantize")):
+            if node.op == "call_function" and str(node.target).startswith(op):
+                raise OptionError(
+                    f"the pipeline ends before there are integers ({op} is left)", hint=f"add `{missing}` at its end"
+                )
 
 
 def lower_and_keep_speed(

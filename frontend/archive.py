@@ -40,14 +40,15 @@ def save_program(program: Program, path: Path) -> None:
 
 def load_program(path: Path) -> Program:
     """Read a `.pt2` archive into a Program. A foreign one is prepared as a fresh capture would be."""
-    from .capture import program_from_exported
+    from .capture import program_from_exported, quiet
 
     if not path.is_file():
         raise FxpressError(f"no such file: {path}", hint="give the path of a .pt2 archive")
     declare_operators()  # quantized programs use them
     extra: dict[str, Any] = {_EXTRA: ""}
     try:
-        exported = torch.export.load(str(path), extra_files=extra)
+        with quiet():
+            exported = torch.export.load(str(path), extra_files=extra)
     except Exception as error:
         raise CaptureError(
             f"{path} is not a readable .pt2 archive: {first_line(error)}",

@@ -58,7 +58,7 @@ def capture(
     copied = _copy(module, share_weights)
     untrained = differences_in_training(copied)
     dynamic = _dynamic_shapes(copied, args, kwargs) if dynamic_batch else None
-    with _quiet():
+    with quiet():
         try:
             expected = _run(module, args, kwargs)
         except CaptureError as error:
@@ -339,7 +339,7 @@ def _drop_counters(graph_module: fx.GraphModule) -> None:
 
 
 @contextmanager
-def _quiet() -> Iterator[None]:
+def quiet() -> Iterator[None]:
     """torch.export logs, warns and prints much about what is checked here anyway, or ends in an error of ours."""
     disabled = logging.root.manager.disable
     logging.disable(logging.WARNING)

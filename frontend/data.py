@@ -211,9 +211,9 @@ def _opened(path: Path, **options: Any) -> Any:
     try:
         return np.load(path, allow_pickle=False, **options)
     except (OSError, ValueError, zipfile.BadZipFile, EOFError) as error:
-        raise DataError(
-            f"cannot read {path}: {first_line(error)}", hint="write it with numpy.save or numpy.savez"
-        ) from error
+        pickled = "pickle" in str(error)
+        why = "it holds Python objects, or is no such file" if pickled else first_line(error)
+        raise DataError(f"cannot read {path}: {why}", hint="write it with numpy.save or numpy.savez") from error
 
 
 def _member(archive: Any, names: tuple[str, ...], path: Path, required: bool = True) -> np.ndarray | None:

@@ -24,7 +24,7 @@ import torch
 from torch import fx
 from torch.utils import _pytree as pytree
 
-from ..errors import FxpressError
+from ..errors import FxpressError, OptionError
 from .simulate import Simulator, has_integers
 from .tensor_info import TensorInfo
 
@@ -331,6 +331,13 @@ def _set_node_mode(node: fx.Node, training: bool) -> None:
     captured = custom.setdefault("eval_mode", node.args[position])
     node.meta["custom"] = custom
     node.update_arg(position, True if training and not custom.get(FROZEN) else captured)
+
+
+def require_program(value: Any, what: str = "expected") -> None:
+    """Raise OptionError for what is no Program."""
+    if not isinstance(value, Program):
+        kind = type(value).__name__
+        raise OptionError(f"{what} a Program, got {kind}", hint="fxpress.capture(module, example_inputs) makes one")
 
 
 def describe_tensors(nodes: list[fx.Node], names: list[str], symbols: dict[str, str]) -> tuple[TensorInfo, ...]:

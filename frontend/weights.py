@@ -56,8 +56,11 @@ def read_checkpoint(path: Path) -> Any:
             return load_file(str(path))
         return torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:
+        # torch's own message advises to unpickle whatever the file holds.
+        pickled = "weights_only" in str(error)
+        why = "it holds more than tensors and plain values, or is no checkpoint" if pickled else first_line(error)
         raise WeightsError(
-            f"cannot read weights from {path}: {first_line(error)}",
+            f"cannot read weights from {path}: {why}",
             hint="save them with safetensors.torch.save_file(model.state_dict(), 'weights.safetensors')",
         ) from error
 

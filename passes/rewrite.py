@@ -8,9 +8,13 @@ from typing import Any
 import torch
 from torch import fx
 
+from ..errors import QuantizationError
 from ..frontend.program import Program, delete_attribute, get_attribute, set_attribute
 
 aten = torch.ops.aten
+
+
+_INTEGERS = ("fxpress.quantize", "fxpress.dequantize", "fxpress.dynamic")
 
 
 def find(program: Program, *targets: Any) -> Iterator[fx.Node]:
@@ -23,6 +27,13 @@ def find(program: Program, *targets: Any) -> Iterator[fx.Node]:
 def is_op(value: Any, *targets: Any) -> bool:
     """Is `value` a node that calls one of `targets`?"""
     return isinstance(value, fx.Node) and value.op == "call_function" and value.target in targets
+
+
+def refuse_quantized(program: Program, what: str) -> None:
+    """Raise QuantizationError for a program that computes on integers already."""
+    for node in program.graph.nodes:
+        if node.op == "call_function" and str(node.target).startswith(_INTEGERS):
+            raise QuantizationError(f"the program is quantized already, and {what}", hint="give the float program")
 
 
 def argument(node: fx.Node, name: str) -> Any:

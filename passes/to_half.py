@@ -19,7 +19,7 @@ from torch.utils import _pytree as pytree
 from ..errors import FxpressError
 from ..frontend.program import Program, layer_name
 from .base import INTERFACE, Change, Context, Pass, register_pass
-from .rewrite import aten, call_before, constant, fake_like, set_attribute
+from .rewrite import aten, call_before, constant, fake_like, is_op, refuse_quantized, set_attribute
 
 HALF = torch.float16
 LARGEST = 65504.0
@@ -51,15 +51,19 @@ class ToHalf(Pass):
        data (calibration data where given, else the example inputs), literals beyond its range, and tensors of which
        nothing is larger than 2^-10, since float16 loses bits below 2^-14.
     3. So does what PyTorch has no float16 kernel for on this processor, and what names its dtype itself.
+    4. So do transposes of what is float32: the conversion comes behind them. (ONNX Runtime 1.31 crashes on a file in
+       which a product reads a transposed conversion of an input.)
     """
 
     name = "to-half"
     preserves = frozenset({INTERFACE})
 
     def run(self, program: Program, context: Context) -> Change:
+        refuse_quantized(program, "float16 is for what is computed in float: put to-half in the place of quantize")
         reasons = _unsafe_by_value(program, _batches(program, context))
         reasons |= dict(_unsafe_by_form(program))
         reasons |= _without_kernel(program, set(reasons))
+        reasons |= dict.fromkeys(_transposes(program, set(reasons)), _BESIDE)
         count = halve(program, set(reasons))
         if count == 0:
             raise FxpressError("nothing of this program can be computed in float16", hint="use the recipe `float`")
@@ -79,7 +83,9 @@ def _notes(program: Program, reasons: dict[str, str], context: Context) -> list[
 
 _TABLE = "it sums or exponentiates"
 _EXPLICIT = "it names its dtype"
-_QUIET = (_TABLE, _EXPLICIT)
+_BESIDE = "it transposes what is in float32"
+_QUIET = (_TABLE, _EXPLICIT, _BESIDE)
+_TRANSPOSES = (aten.transpose.int, aten.permute.default, aten.t.default)
 
 
 def _unsafe_by_form(program: Program) -> Iterator[tuple[str, str]]:
@@ -95,6 +101,16 @@ def _unsafe_by_form(program: Program) -> Iterator[tuple[str, str]]:
             yield node.name, f"float16 cannot hold its number {literal:g}"
         elif (fault := _odd_weight(program, node)) is not None:
             yield node.name, fault
+
+
+def _transposes(program: Program, kept: set[str]) -> list[str]:
+    """Transposes whose operand is an input, or given by what stays in float32."""
+    found: list[str] = []
+    for node in program.graph.nodes:
+        source = node.args[0] if is_op(node, *_TRANSPOSES) else None
+        if isinstance(source, fx.Node) and (source.op == "placeholder" or source.name in kept or source.name in found):
+            found.append(node.name)
+    return [name for name in found if name not in kept]
 
 
 def _computes_float(node: fx.Node) -> bool:

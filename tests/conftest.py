@@ -78,7 +78,7 @@ def tiny_folder(tiny_module, tiny_data, tmp_path_factory) -> Path:
         calibration=tiny_data.split(16),
         evaluate=Top1([(tiny_data, labels)]),
         preprocess=preprocess,
-        labels="abcde",
+        labels=list("abcde"),
         output=folder,
         name="tiny",
     )

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
+
 import pytest
 import torch
 from torch import nn
@@ -35,6 +38,36 @@ def halved(module: nn.Module, example: torch.Tensor, data=None) -> fxpress.Progr
     torch.manual_seed(0)
     program = run_passes(fxpress.capture(module.eval(), example), "cleanup,canonicalize,fuse-batchnorm")
     return PassManager("to-half").run(program, Context(calibration=data))
+
+
+class Turned(nn.Module):
+    """A linear layer over the batch dim's neighbour, as attention with the sequence first has it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(32, 32)
+
+    def forward(self, x):
+        return self.linear(x.transpose(0, 1)).transpose(0, 1) + x
+
+
+LOADED = """
+import sys
+import onnxruntime
+options = onnxruntime.SessionOptions()
+options.log_severity_level = 4
+onnxruntime.InferenceSession(sys.argv[1], options, providers=["CPUExecutionProvider"])
+"""
+
+
+@pytest.mark.parametrize("make", [Turned, lambda: nn.TransformerEncoderLayer(32, 4, 64, batch_first=True)])
+def test_a_transposed_input_of_a_product_loads_everywhere(make, tmp_path):
+    """ONNX Runtime 1.31 crashes on Cast, Transpose, MatMul: in a process of its own, as anyone loads the file."""
+    program = halved(make(), torch.randn(2, 12, 32))
+    (tmp_path / "m.onnx").write_bytes(lower(program).SerializeToString())
+    done = subprocess.run([sys.executable, "-c", LOADED, str(tmp_path / "m.onnx")], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert check_parity(program, lower(program)).kept
 
 
 def dtypes(program: fxpress.Program, name: str) -> set[torch.dtype]:

@@ -200,7 +200,7 @@ def test_the_checkpoint_of_another_objective_is_refused(program, data, tmp_path)
         assert described(first) == described(first)
         fxpress.train(program, data, OPTIONS, objective=first, checkpoint=tmp_path / str(i))
         fxpress.train(program, data, OPTIONS, objective=first, checkpoint=tmp_path / str(i))
-        with pytest.raises(TrainingError, match="of another run: (objective|start)"):
+        with pytest.raises(TrainingError, match=r"of another run: (objective|start)"):
             fxpress.train(program, data, OPTIONS, objective=other, checkpoint=tmp_path / str(i))
 
 

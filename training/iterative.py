@@ -16,13 +16,13 @@ from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 from ..errors import OptionError, TrainingError
-from ..frontend.program import Program
+from ..frontend.program import Program, require_program
 from ..passes.prune.plan import PruningPlan
 from ..passes.prune.planning import plan_pruning
 from ..passes.prune.recovery.schedule import Choose, budget_of, kept_share
 from ..runtime.evaluate import Evaluate, least_allowed, measure, torch_runner
 from .examples import Augment
-from .loop import Progress, Trained, require_program, train
+from .loop import Progress, Trained, train
 from .objectives import CrossEntropy, Objective
 from .options import TrainingOptions
 from .schedules import check_numbers, require

@@ -23,7 +23,7 @@ import torch
 from torch import nn
 
 from ..errors import DataError, FxpressError, OptionError, did_you_mean, first_line
-from ..frontend.program import Program, StageRecord
+from ..frontend.program import Program, StageRecord, require_program
 from ..frontend.train_modes import training_notes
 from ..passes.memory import peak_memory
 from ..passes.prune.kinds.sparsify import zero_weights
@@ -209,13 +209,6 @@ def _check_choices(
                 raise OptionError(f"{name} has no effect without a metric", hint="give evaluate, or hold_out=0.1")
     if isinstance(options.schedule, OneCycle) and options.warmup:
         raise OptionError("warmup has no place before a one-cycle schedule", hint="its `rise` is the warm-up")
-
-
-def require_program(program: Any) -> None:
-    """Raise OptionError for what is no Program."""
-    if not isinstance(program, Program):
-        kind = type(program).__name__
-        raise OptionError(f"expected a Program, got {kind}", hint="fxpress.capture(module, example_inputs) makes one")
 
 
 def read_examples(

@@ -22,7 +22,7 @@ from torch import fx, nn
 from ..backends.targets import load_target
 from ..errors import OptionError
 from ..frontend.batches import as_batches
-from ..frontend.program import FROZEN, Program
+from ..frontend.program import FROZEN, Program, require_program
 from ..passes.base import Context
 from ..passes.fuse_batchnorm import FuseBatchNorm
 from ..passes.manager import PassManager
@@ -31,7 +31,7 @@ from ..passes.quantize.fake_quant import FakeQuantize
 from ..passes.quantize.fold_fake_quant import FoldFakeQuantize
 from ..passes.quantize.passes import Annotate, Calibrate, Observe
 from ..passes.rewrite import argument, aten, find
-from .loop import Trained, require_program, train
+from .loop import Trained, train
 from .objectives import Batch, CrossEntropy, Objective, reads_labels
 from .options import SGD, TrainingOptions
 from .schedules import check_numbers

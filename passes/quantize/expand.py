@@ -73,6 +73,14 @@ def may_turn_on(node: fx.Node, target: Target) -> bool:
     return bool(applicable) and applicable[0].optional
 
 
+def concerns(form: str, node: fx.Node, target: Target) -> bool:
+    """Has the target a row of that form for the node, or for what it is expanded into?"""
+    expansion = _listed(node, target)
+    if expansion is not None and expansion.form == form:
+        return True
+    return any(r.form == form and r.declines(node) is None for r in target.rows_about(node))
+
+
 def _inherit(before: fx.Node, node: fx.Node) -> None:
     """What the user said of `node` holds for the nodes between `before` and it, which were written for it."""
     if node.meta.get(USE_INTEGER):

@@ -8,11 +8,13 @@ from typing import Literal
 
 import torch
 
-from ...errors import DataError, QuantizationError
+from ...errors import DataError, OptionError, QuantizationError
 from ...frontend.program import Program
 from ..base import INTERFACE, VALUES, Change, Context, Pass, register_pass
+from ..rewrite import refuse_quantized
 from .accuracy.float_twin import keep_float_twin
 from .annotate import annotate_program
+from .expand import concerns
 from .fold import fold_program
 from .observe import calibrate_program, insert_observers
 from .ranges.channels import RangeChoice
@@ -41,7 +43,9 @@ class Annotate(Pass):
     use_integer: tuple[str, ...] = ()
 
     def run(self, program: Program, context: Context) -> Change:
+        refuse_quantized(program, "it is quantized once")
         target = _target(context).with_forms(self.forms)
+        idle = [f for f in self.forms if not _concerns_any(f, program, target)]
         count, reasons = annotate_program(program, target, self.keep_float, self.use_integer)
         if count == 0:
             raise QuantizationError(
@@ -49,6 +53,11 @@ class Annotate(Pass):
                 + "".join(f"\n  {r}" for r in reasons[:5]),
                 hint="use the recipe `float`, or another target",
             )
+        for form in idle:  # what is written for a target (masks, stems) may have it all the same
+            if not _concerns_any(form, program, target):
+                raise OptionError(
+                    f"forms: {form!r} changes nothing: the program has nothing in this form", hint=f"leave {form!r} out"
+                )
         return Change(count, reasons)
 
 
@@ -138,6 +147,10 @@ class Quantize(Pass):
     def run(self, program: Program, context: Context) -> Change:
         changes = [step.run(program, context) for step in self.steps()]
         return Change(changes[-1].count, [note for c in changes for note in c.notes])
+
+
+def _concerns_any(form: str, program: Program, target: Target) -> bool:
+    return any(concerns(form.removeprefix("-"), n, target) for n in program.graph.nodes if n.op == "call_function")
 
 
 def _target(context: Context) -> Target:

@@ -13,6 +13,7 @@ from .words import (
     comparison,
     count,
     far_from_float,
+    metric_words,
     milliseconds,
     number,
     percent,
@@ -66,9 +67,11 @@ def _metric_card(report: dict[str, Any]) -> list[dict[str, str]]:
     if not report["metric"]:
         return []
     before, after = report["float"]["metric"], report["compiled"]["metric"]
-    change = 100 * (after - before)
-    label = f"points of {report['metric']['name']}"
-    return [_card(f"{change:+.2f}", label, f"{before:.4g} → {after:.4g}", change >= -1)]
+    *_, change = metric_words(before, after)
+    figure, _, unit = change.partition(" ")
+    label = f"points of {report['metric']['name']}" if unit else report["metric"]["name"]
+    allowed = 0.01 * max(abs(before), abs(after), 0.0 if not unit else 1.0)
+    return [_card(figure, label, f"{before:.4g} → {after:.4g}", after - before >= -allowed)]
 
 
 def _card(figure: str, label: str, detail: str, good: bool | None) -> dict[str, str]:

@@ -92,10 +92,8 @@ def comparison(report: dict[str, Any]) -> list[Row]:
     before, after = report["float"], report["compiled"]
     rows = []
     if report["metric"]:
-        change = 100 * (after["metric"] - before["metric"])
-        rows.append(
-            Row(report["metric"]["name"], _metric(before["metric"]), _metric(after["metric"]), f"{change:+.2f} points")
-        )
+        values = before["metric"], after["metric"]
+        rows.append(Row(report["metric"]["name"], *metric_words(*values)))
     rows.append(
         Row(
             "latency",
@@ -114,8 +112,11 @@ def comparison(report: dict[str, Any]) -> list[Row]:
     return rows
 
 
-def _metric(value: float) -> str:
-    return percent(value, 2) if 0 <= value <= 1 else number(value)
+def metric_words(before: float, after: float) -> tuple[str, str, str]:
+    """Two metrics and their difference: shares as percentages and points, others as numbers."""
+    if all(0 <= v <= 1 for v in (before, after)):
+        return percent(before, 2), percent(after, 2), f"{100 * (after - before):+.2f} points"
+    return number(before), number(after), f"{after - before:+.4g}"
 
 
 @dataclass(frozen=True)

@@ -33,21 +33,31 @@ class Journal:
         self.path = path
         self.facts: dict[str, dict[str, Any]] = {}
         self.notes: list[str] = []
+        self.head = {"journal": _MARK, "version": 1, "fingerprint": fingerprint}
         if path is None:
             return
-        head = {"journal": _MARK, "version": 1, "fingerprint": fingerprint}
         try:
             known = list(_read(path)) if path.exists() else []
-            if known and known[0] != head:
+            if known and known[0] != self.head:
                 self.notes.append(f"{path.name} is of another model, data, setting or version: begun anew")
                 known = []
             self.facts = {fact["key"]: fact for fact in known[1:]}
-            _replace(path, [head, *self.facts.values()])
+            _replace(path, [self.head, *self.facts.values()])
         except OSError as error:
             hint = "choose another file with --journal, on a disk with room"
             raise OutputError(f"cannot write the journal {path}: {error.strerror or error}", hint=hint) from error
         if self.facts:
             self.notes.append(f"{path.name}: {len(self.facts)} facts of an earlier run are taken over")
+
+    def expect(self, key: str, fact: dict[str, Any]) -> None:
+        """Begin anew where an earlier run found another fact of that key; remember this one."""
+        known = self.facts.get(key)
+        if known is not None and known != {"key": key, **fact}:
+            self.facts = {}
+            self.notes = ["the journal's facts are not those of this run (another metric?): begun anew"]
+            if self.path is not None:
+                _replace(self.path, [self.head])
+        self.add(key, fact)
 
     def find(self, key: str) -> dict[str, Any] | None:
         """The fact of that key, if it is known."""
