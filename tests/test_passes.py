@@ -202,3 +202,16 @@ def test_canonical_forms(module, expected):
 def test_pool_that_is_not_global_stays():
     program = fxpress.capture(nn.AvgPool2d(3, padding=1), torch.randn(2, 3, 3, 3))
     assert count(run_passes(program, "canonicalize"), ".avg_pool2d") == 1
+
+
+@pytest.mark.parametrize("kind", [nn.GRU, nn.RNN])
+@pytest.mark.parametrize("options", [{}, {"batch_first": True}, {"bidirectional": True, "num_layers": 2}])
+def test_recurrent_layers_are_not_unrolled_to_know_their_shapes(kind, options):
+    """Sizes and strides are those of torch; a long sequence costs a check no more than a short one."""
+    layer, x = kind(4, 6, **options).eval(), torch.randn(3, 5, 4)
+    program = fxpress.capture(layer, (x,), dynamic_batch=False)
+    checked = fxpress.run_passes(program, "cleanup")
+    outputs = [n.meta["val"] for n in checked.output_nodes()]
+    for value, real in zip(outputs, checked(x)):
+        assert tuple(value.shape) == tuple(real.shape)
+        assert value.is_contiguous() == real.is_contiguous()
