@@ -363,3 +363,14 @@ def test_keep_float_names_a_layer_a_node_or_a_module(glob, kept):
 def test_keep_float_that_names_nothing_is_refused():
     with pytest.raises(fxpress.FxpressError, match="names no node"):
         quantized(pipeline="quantize{keep_float=stam}")
+
+
+def test_pictures_with_channels_last_go_through_pools_of_integers():
+    """PyTorch's pool of 8-bit numbers in that layout refuses more than 127 places."""
+    module = nn.Sequential(nn.Conv2d(3, 8, 3, padding=1), nn.ReLU(), nn.MaxPool2d(3, 2, 1), nn.Conv2d(8, 4, 3)).eval()
+    x = torch.randn(8, 3, 32, 32)
+    int8 = fxpress.quantize(fxpress.capture(module, (x[:2],)), x)
+    pool = next(n for n in int8.graph.nodes if "max_pool2d" in str(n.target))
+    assert pool.meta["val"].dtype is torch.uint8
+    assert torch.equal(int8(x), int8(x.contiguous(memory_format=torch.channels_last)))
+    assert [n.op_type for n in fxpress.to_onnx(int8).graph.node].count("Identity") == 0

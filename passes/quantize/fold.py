@@ -165,7 +165,7 @@ def _check_integers(program: Program) -> None:
         if node.target is torch.ops.fxpress.quantize.default:
             integers.add(node)
         elif not integers.isdisjoint(node.all_input_nodes) and node.target is not torch.ops.fxpress.dequantize.default:
-            if not _is_move(node):
+            if not _is_move(node) and node.target is not aten.contiguous.default:
                 raise QuantizationError(
                     f"{layer_name(node)} ({node.target}) reads integers as if they were real numbers",
                     where=source_of(node),
@@ -185,8 +185,15 @@ def _moved_integers(node: fx.Node, params: QuantParams) -> fx.Node:
         _moved_integers(source, params)
     if node.target is aten.constant_pad_nd.default:
         set_argument(node, "value", params.zero_point)
+    if node.target in _POOLS:
+        # PyTorch's kernel for channels-last counts places in the dtype of the values: 8 bits hold 127 of them.
+        values = node.args[0]
+        node.replace_input_with(values, call_before(node, aten.contiguous.default, values))  # type: ignore[arg-type]
     note = annotation(node)
     return node.args[0] if note is not None and note.row.kind == "rescale" else node  # type: ignore[return-value]
+
+
+_POOLS = (aten.max_pool1d.default, aten.max_pool2d.default, aten.max_pool3d.default)
 
 
 def _drop_absorbed(folding: _Folding, activation: fx.Node) -> None:
