@@ -14,11 +14,14 @@ from .backends.onnx.lower import lower
 from .backends.targets import load_target
 from .compilation.options import (
     check_labels,
+    check_origin,
     check_settings,
     checked_drop,
+    checked_folder,
     checked_labels,
     checked_preprocess,
     checked_search,
+    checked_seed,
     checked_threads,
     journal_beside,
     started_processes,
@@ -105,13 +108,14 @@ def compile(
     processes = started_processes(distributed)
     if processes is not None and max_drop is not None:
         raise OptionError("the search under max_drop is for one process", hint="leave max_drop or distributed out")
+    output, dump = checked_folder("output", output), checked_folder("dump", dump)
     if processes is not None and processes.rank > 0:
         output = dump = progress = None
     settings = Settings(
         name=name or _name_of(module),
         target=load_target(target),
         passes=resolve_passes(recipe, pipeline, prune),
-        seed=seed,
+        seed=checked_seed(seed),
         threads=checked_threads(threads),
         max_drop=checked_drop(max_drop, evaluate),
         search=checked_search(max_drop, search_seconds, search_trials, journal),
@@ -121,16 +125,13 @@ def compile(
         allow_slower=allow_slower,
         preprocess=checked_preprocess(preprocess),
         labels=checked_labels(labels),
-        dump=Path(dump) if dump else None,
+        dump=dump,
         progress=progress,
         processes=processes,
         training=training,
     )
     check_settings(settings)
-    if reference is not None:
-        require_program(reference, "reference is")
-    if plan is not None and not isinstance(plan, PruningPlan):
-        raise OptionError(f"plan is a {type(plan).__name__}", hint="give the PruningPlan that the program was made by")
+    check_origin(reference, plan)
     if calibration is None and quantizes(settings.passes):
         raise DataError("quantization needs calibration data", hint="give calibration (--data), or the recipe float")
     if output is not None:

@@ -160,7 +160,7 @@ def parse_drop(text: str | float) -> float:
     """The allowed drop of a metric: "1%" and 0.01 are one hundredth. Raises OptionError."""
     try:
         value = float(text[:-1]) / 100 if isinstance(text, str) and text.endswith("%") else float(text)
-    except ValueError as error:
+    except (TypeError, ValueError) as error:
         raise OptionError(f"max-drop is {text!r}", hint="write 1% or 0.01") from error
     if not 0 <= value < float("inf"):
         raise OptionError(f"max-drop is {text!r}", hint="give a drop of zero or more, such as 1%")

@@ -6,12 +6,14 @@ what was asked for.
 
 from __future__ import annotations
 
+import numbers
 from collections.abc import Iterable
 from pathlib import Path
 
 from ..errors import DataError, OptionError
 from ..frontend.preprocess import Preprocess, load_preprocess
-from ..frontend.program import Program
+from ..frontend.program import Program, require_program
+from ..passes.prune.plan import PruningPlan
 from ..passes.quantize.placement.fallback import Budget
 from ..recipe import parse_drop
 from ..runtime.evaluate import Evaluate
@@ -29,6 +31,13 @@ def checked_threads(threads: int) -> int:
     return threads
 
 
+def checked_seed(seed: int) -> int:
+    """A seed that every generator takes."""
+    if isinstance(seed, bool) or not isinstance(seed, numbers.Integral) or not 0 <= seed < 2**63:
+        raise OptionError(f"seed is {seed!r}", hint="give a whole number from 0 on")
+    return int(seed)
+
+
 def checked_drop(max_drop: str | float | None, evaluate: Evaluate | None) -> float | None:
     """The share that a metric may fall, from "1%" or 0.01; it needs a metric."""
     if max_drop is None:
@@ -38,6 +47,13 @@ def checked_drop(max_drop: str | float | None, evaluate: Evaluate | None) -> flo
             "max_drop has no effect without a metric", hint="give evaluate (on the command line: --eval DATA)"
         )
     return parse_drop(max_drop)
+
+
+def checked_folder(option: str, path: str | Path | None) -> Path | None:
+    """The path of a folder to write."""
+    if path is not None and not isinstance(path, (str, Path)):
+        raise OptionError(f"{option} is a {type(path).__name__}", hint="give the path of a folder")
+    return Path(path) if path else None
 
 
 def checked_preprocess(preprocess: Preprocess | str | None) -> Preprocess | None:
@@ -55,6 +71,14 @@ def checked_labels(labels: Iterable[str]) -> tuple[str, ...]:
     if (labels and not names) or not all(isinstance(n, str) for n in names):
         raise OptionError(f"labels are {labels!r}", hint='give the names of the classes: ["cat", "dog"]')
     return names
+
+
+def check_origin(reference: Program | None, plan: PruningPlan | None) -> None:
+    """Raise OptionError unless these are what a program may have been made from."""
+    if reference is not None:
+        require_program(reference, "reference must be")
+    if plan is not None and not isinstance(plan, PruningPlan):
+        raise OptionError(f"plan is a {type(plan).__name__}", hint="give the PruningPlan that the program was made by")
 
 
 def check_labels(labels: tuple[str, ...], program: Program) -> None:

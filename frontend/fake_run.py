@@ -8,7 +8,6 @@ import torch
 from torch import fx
 from torch._dispatch.python import enable_python_dispatcher
 
-
 # Without a kernel for fake tensors these are run step by step, which takes minutes for a long sequence.
 _RECURRENT = (torch.ops.aten.gru.input, torch.ops.aten.rnn_tanh.input, torch.ops.aten.rnn_relu.input)
 

@@ -16,6 +16,8 @@ from .session import Session, make_session
 
 def load(folder: str | Path, threads: int = 1) -> Bundle:
     """Open what `compile` wrote. Raises ArtifactError: no artifact, or a file that does not have its checksum."""
+    if not isinstance(folder, (str, Path)):
+        raise ArtifactError(f"a {type(folder).__name__} is no folder", hint="give the path of what `compile` wrote")
     folder = Path(folder)
     manifest = Manifest.read(folder)
     return Bundle(manifest, make_session(manifest.verify(folder, MODEL), threads=threads))

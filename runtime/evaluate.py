@@ -6,6 +6,7 @@ to what the model returns: torch tensors for torch inputs, numpy arrays for nump
 
 from __future__ import annotations
 
+import contextlib
 import math
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
@@ -106,9 +107,11 @@ def measure(evaluate: Evaluate, runner: Runner) -> Metric:
         ) from error
     if not isinstance(value, (int, float, np.number)) and not (isinstance(value, torch.Tensor) and value.numel() == 1):
         raise OptionError(f"evaluate ({name}) returned a {type(value).__name__}", hint="return a number")
-    if not math.isfinite(float(value)):
-        raise OptionError(f"evaluate ({name}) returned {float(value)}", hint="check the model's outputs for NaN")
-    return Metric(name, float(value), runner.count)
+    with contextlib.suppress(OverflowError):  # an integer beyond all floats is no finite number either
+        if math.isfinite(float(value)):
+            return Metric(name, float(value), runner.count)
+    shown = str(value)[:20]
+    raise OptionError(f"evaluate ({name}) returned {shown}", hint="check the model's outputs for NaN")
 
 
 @dataclass

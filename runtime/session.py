@@ -120,8 +120,8 @@ def make_session(
     file begins that gets the time of every kernel (`inner.end_profiling()` writes it and gives its name).
     Raises `FxpressError` for a model that ONNX Runtime refuses.
     """
-    if threads < 1:
-        raise FxpressError(f"threads must be at least 1, got {threads}", hint="use threads=1 for one core")
+    if not isinstance(threads, int) or threads < 1:
+        raise FxpressError(f"threads must be at least 1, got {threads!r}", hint="use threads=1 for one core")
     options = onnxruntime.SessionOptions()
     options.log_severity_level = _ERRORS_ONLY
     options.intra_op_num_threads = threads

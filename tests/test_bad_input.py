@@ -165,7 +165,8 @@ def test_a_mistake_is_explained(place, case, capsys, monkeypatch):
     assert err.count("error: ") == 1
     assert "hint: " in err
     assert "Traceback" not in err
-    assert "allow_pickle" not in err and "weights_only" not in err  # no advice to run what a file holds
+    for advice in ("allow_pickle", "weights_only"):
+        assert advice not in err, "no advice to run what a file holds"
     after = sorted(p.name for p in place.iterdir() if p.name != "__pycache__")
     assert after == before, "nothing half-written"
 
@@ -229,7 +230,7 @@ def test_the_command_alone_shows_its_help(capsys):
     [
         (lambda m, x: fxpress.quantize(m, x), "expected a Program, got"),
         (lambda m, x: fxpress.to_onnx(m), "expected a Program, got"),
-        (lambda m, x: fxpress.compile(m, (x[:2],), calibration=x, reference=m), "reference is a Program, got"),
+        (lambda m, x: fxpress.compile(m, (x[:2],), calibration=x, reference=m), "reference must be a Program, got"),
         (lambda m, x: fxpress.compile(m, (x[:2],), calibration=x, plan=5), "plan is a int"),
         (lambda m, x: fxpress.compile(m, (x[:2],), calibration=x, preprocess="imagnet"), "unknown preprocess"),
         (lambda m, x: fxpress.compile(m, (x[:2],), calibration=x, preprocess={}), "preprocess is a dict"),
@@ -237,6 +238,12 @@ def test_the_command_alone_shows_its_help(capsys):
         (lambda m, x: fxpress.compile(m, (x[:2],), calibration=x, labels=[1, 2]), r"labels are \[1, 2\]"),
         (lambda m, x: fxpress.compile(m, (x[:2],), calibration=x, labels=["a"]), "1 labels for"),
         (lambda m, x: fxpress.compile(m, (x[:2],), calibration=[x, x[:0]]), "the batch is empty"),
+        (lambda m, x: fxpress.compile(m, (x[:2],), calibration=x, target=None), "target is a NoneType"),
+        (lambda m, x: fxpress.compile(m, (x[:2],), calibration=x, seed="a"), "seed is 'a'"),
+        (lambda m, x: fxpress.compile(m, (x[:2],), calibration=x, output=5), "output is a int"),
+        (lambda m, x: fxpress.compile(m, (x[:2],), calibration=x, evaluate=lambda r: 0, max_drop=[1]), "max-drop is"),
+        (lambda m, x: fxpress.compile(m, (x[:2],), calibration=x, evaluate=lambda r: 10**400), "returned 1000"),
+        (lambda m, x: fxpress.load(5), "a int is no folder"),
     ],
 )
 def test_mistakes_in_python(call, message, tiny_module, tiny_data):

@@ -26,6 +26,8 @@ def target_names() -> list[str]:
 
 def load_target(name: str) -> Target:
     """The table of a target. Raises OptionError for an unknown name."""
+    if not isinstance(name, str):
+        raise OptionError(f"target is a {type(name).__name__}", hint=f"targets: {', '.join(target_names())}")
     if name not in MODULES:
         close = difflib.get_close_matches(name, MODULES, n=1)
         guess = f"did you mean {close[0]!r}? " if close else ""
