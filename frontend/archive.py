@@ -15,6 +15,7 @@ import torch
 from torch.utils import _pytree as pytree
 
 from ..errors import CaptureError, FxpressError, OutputError, first_line
+from .fake_run import recurrent_at_once
 from .operators import declare_operators
 from .program import Program, StageRecord, TensorInfo, parse_metadata
 
@@ -67,9 +68,10 @@ def export_again(program: Program) -> torch.export.ExportedProgram:
     """The program as an `ExportedProgram`, with the dims dynamic that are dynamic in it."""
     args, kwargs = pytree.tree_unflatten(list(program.example_inputs), program.input_spec)
     dims = {name: torch.export.Dim(name, min=1) for name in set(program.symbols.values())}
-    return torch.export.export(
-        program.graph_module, args, kwargs, dynamic_shapes=_dynamic_shapes(program, dims, args, kwargs), strict=False
-    )
+    shapes = _dynamic_shapes(program, dims, args, kwargs)
+    with recurrent_at_once():
+        return torch.export.export(program.graph_module, args, kwargs, dynamic_shapes=shapes, strict=False)
+
 
 
 def _dynamic_shapes(program: Program, dims: dict[str, Any], args: Any, kwargs: Any) -> Any:

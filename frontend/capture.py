@@ -29,6 +29,7 @@ from ..errors import CaptureError, DataError, first_line
 from .agreement import check_same
 from .aliases import use_canonical_names
 from .composites import write_out_composites
+from .fake_run import recurrent_at_once
 from .functionalize import AUTOCAST, UPDATED, functionalize, resolve_masks
 from .program import Program, delete_attribute, describe_tensors, dtype_name, source_of
 from .train_modes import UNTRAINED, differences_in_training
@@ -66,7 +67,8 @@ def capture(
                 _run(module, *given)  # if that fails too, the batch of two is not to blame
                 raise _no_batch_of_one(error) from error
             raise
-        exported = _export(copied, args, kwargs, dynamic)
+        with recurrent_at_once():
+            exported = _export(copied, args, kwargs, dynamic)
         program = program_from_exported(exported, example_leaves=tuple(pytree.tree_leaves((args, kwargs))))
         check_same(program, expected, lambda: _run(module, args, kwargs))
     meta, state = program.graph_module.meta, {n for n, _ in (*copied.named_buffers(), *copied.named_parameters())}
