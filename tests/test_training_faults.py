@@ -8,6 +8,7 @@ import resource
 import shutil
 import subprocess
 import sys
+import time
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -193,6 +194,30 @@ def objectives(program):
     yield tuple(Distillation(program, teachers[0], [SoftLabels()], labels=w) for w in (0.1, 0.5))
     yield FreezeNorms(CrossEntropy(), 0.5), FreezeNorms(CrossEntropy(), 0.7)
     yield FreezeNorms(CrossEntropy(), 0.5), FreezeNorms(CrossEntropy(0.1), 0.5)
+
+
+class Weighed:
+    """An objective of a user's own, with something in it that no two runs share."""
+
+    def __init__(self, by: float) -> None:
+        self.by, self.log = by, Log()
+
+    def __call__(self, program, batch):
+        return self.by * CrossEntropy()(program, batch)
+
+
+class Log:
+    def __init__(self) -> None:
+        self.begun = time.perf_counter()
+
+
+def test_what_an_objective_holds_besides_numbers_is_known_by_its_class():
+    assert described(Weighed(0.5)) == described(Weighed(0.5))
+    assert described(Weighed(0.5)) != described(Weighed(0.4))
+    log, other = Log(), Log()
+    assert described(lambda program, batch: log) != described(lambda program, batch: 0)
+    makers = [lambda log=log: CrossEntropy(), lambda log=other: CrossEntropy()]
+    assert described(makers[0])["holds"] == described(makers[1])["holds"]
 
 
 def test_the_checkpoint_of_another_objective_is_refused(program, data, tmp_path):

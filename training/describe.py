@@ -1,7 +1,7 @@
 """A training's parts as JSON values: a checkpoint must be refused where one of them is another one.
 
-Two runs that are to give the same result have the same description. What cannot be told (the inside of an object that
-holds neither numbers nor functions) is known by its class.
+Two runs that are to give the same result have the same description. Objects that others hold (a logger, a progress bar)
+change from run to run, and are known by their class alone, unless they are fxpress's own or data classes.
 """
 
 from __future__ import annotations
@@ -24,7 +24,8 @@ _DEPTH = 6
 
 def described(value: Any, depth: int = _DEPTH) -> Any:
     """`value` as JSON values: numbers as they are, arrays and weights by a checksum, functions by their code and what
-    they hold, other objects by their class and public attributes. An object may say it itself with `described()`."""
+    they hold, other objects by their class, the outermost by its public attributes too. An object may say it itself
+    with `described()`."""
     if value is None or isinstance(value, (bool, int, float, str)):
         return value
     if isinstance(value, (np.generic, torch.Tensor, np.ndarray)):
@@ -46,7 +47,9 @@ def described(value: Any, depth: int = _DEPTH) -> Any:
         return _function(value, inner)
     if hasattr(value, "described") and not isinstance(value, type):
         return {"kind": type(value).__name__, **inner(value.described())}
-    return {"kind": type(value).__name__, **{k: inner(v) for k, v in _attributes(value)}}
+    known = dataclasses.is_dataclass(value) or type(value).__module__.startswith(__package__.partition(".")[0])
+    held = _attributes(value) if known or depth == _DEPTH else ()
+    return {"kind": type(value).__name__, **{k: inner(v) for k, v in held}}
 
 
 def _function(function: types.FunctionType, inner: Any) -> dict[str, Any]:
