@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -13,7 +14,7 @@ import torch
 from .backends.onnx.lower import lower
 from .backends.targets import load_target
 from .compilation.options import (
-    check_labels,
+    check_dump,
     check_origin,
     check_settings,
     checked_drop,
@@ -23,6 +24,7 @@ from .compilation.options import (
     checked_search,
     checked_seed,
     checked_threads,
+    fitting_labels,
     journal_beside,
     started_processes,
 )
@@ -94,7 +96,7 @@ def compile(
 
     `tune` measures on this machine which ops are faster in float, for about `tune_seconds`, and leaves those in float.
     Without it, too, a model that turns out slower than the float model is tuned, and stays in float where that does not
-    help; `allow_slower` keeps it as it is.
+    help; `allow_slower` keeps it as it is. (Not where the target is for another processor, which a note then says.)
 
     `reference` is the float model that the report compares with, for a Program that was already changed (pruned and
     fine-tuned, with its `plan`); otherwise it is the captured model itself. `preprocess` and `labels` are recorded for
@@ -109,6 +111,7 @@ def compile(
     if processes is not None and max_drop is not None:
         raise OptionError("the search under max_drop is for one process", hint="leave max_drop or distributed out")
     output, dump = checked_folder("output", output), checked_folder("dump", dump)
+    check_dump(dump, output)
     if processes is not None and processes.rank > 0:
         output = dump = progress = None
     settings = Settings(
@@ -141,7 +144,7 @@ def compile(
         program = as_program(module, args, kwargs, share_weights=True)
         record.notes += notes_of(program)
         check_program_finite(program)
-        check_labels(settings.labels, program)
+        settings = dataclasses.replace(settings, labels=fitting_labels(settings.labels, program, record.notes))
     batches = _checked_calibration(program, calibration, stages)
     artifact = compile_program(program, reference or program, settings, stages, batches, evaluate, plan)
     if output is not None:

@@ -162,6 +162,8 @@ def parse_drop(text: str | float) -> float:
         value = float(text[:-1]) / 100 if isinstance(text, str) and text.endswith("%") else float(text)
     except (TypeError, ValueError) as error:
         raise OptionError(f"max-drop is {text!r}", hint="write 1% or 0.01") from error
+    if isinstance(text, str) and not text.endswith("%") and value >= 1:
+        raise OptionError(f"max-drop is {text!r}, which is {value:.0%}", hint="write 1% or 0.01")
     if not 0 <= value < float("inf"):
         raise OptionError(f"max-drop is {text!r}", hint="give a drop of zero or more, such as 1%")
     return value

@@ -251,7 +251,11 @@ def explain_node(folder: Path, node: str, as_json: bool) -> int:
     points = [p for p in (report.get("fallback") or {}).get("sensitivity", ()) if p["name"] == node]
     islands = {row["node"]: row for row in report["coverage"]["float_islands"]}
     if node not in layers and node not in islands and not points:
-        raise OptionError(f"the report has no layer {node!r}", hint=did_you_mean(node, {**layers, **islands}, "layers"))
+        hint = did_you_mean(node, {**layers, **islands}, "layers")
+        raise OptionError(
+            f"the report has no quantized output and no float island called {node!r}",
+            hint=f"{hint} (an integer layer whose output stays in float, as the last one, has neither)",
+        )
     if node in layers:
         row = layers[node]
         low, high, scale = (number(row[k]) for k in ("low", "high", "scale"))

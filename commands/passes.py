@@ -103,12 +103,12 @@ def optimize(
 ) -> int:
     """Run passes on a saved Program."""
     from ..frontend.program import Program
-    from ..passes.manager import PassManager
+    from ..passes.manager import REPRODUCER, PassManager
 
     if output.suffix != ".pt2":
         raise OutputError(f"{output} does not end in .pt2", hint="name a .pt2 file")
     program = Program.load(source)
-    manager = PassManager(pipeline, dump=dump)
+    manager = PassManager(pipeline, dump=dump, repro=dump / REPRODUCER if dump else None)
     result = manager.run(program, _context(program, manager, target, data, seed))
     result.save(output)
     _show_stages(result, len(program.log))
@@ -119,7 +119,7 @@ def optimize(
 def rerun(crash: Path, target: str, data: str | None, dump: Path | None) -> int:
     """Replay a reproducer: the program as it was, the passes that remained, the same seed."""
     from ..frontend.program import Program
-    from ..passes.manager import PassManager
+    from ..passes.manager import REPRODUCER, PassManager
 
     facts, archive = read_reproducer(crash)
     try:
@@ -128,7 +128,7 @@ def rerun(crash: Path, target: str, data: str | None, dump: Path | None) -> int:
         archive.unlink()
     say(f"replaying {facts['pipeline']}")
     say(f"  seed {facts['seed']}, written by fxpress {facts['fxpress']} with torch {facts['torch']}")
-    manager = PassManager(facts["pipeline"], dump=dump)
+    manager = PassManager(facts["pipeline"], dump=dump, repro=dump / REPRODUCER if dump else None)
     result = manager.run(program, _context(program, manager, target, data, facts["seed"]))
     _show_stages(result, len(program.log))
     say("the failure does not occur here")

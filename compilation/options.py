@@ -56,6 +56,12 @@ def checked_folder(option: str, path: str | Path | None) -> Path | None:
     return Path(path) if path else None
 
 
+def check_dump(dump: Path | None, output: Path | None) -> None:
+    """Raise OptionError for a dump inside the output, which is replaced whole."""
+    if dump is not None and output is not None and output.resolve() in (dump.resolve(), *dump.resolve().parents):
+        raise OptionError(f"dump {dump} lies in the output {output}", hint="give a folder beside it")
+
+
 def checked_preprocess(preprocess: Preprocess | str | None) -> Preprocess | None:
     """A preprocess, by its name or file too."""
     if isinstance(preprocess, str):
@@ -81,11 +87,14 @@ def check_origin(reference: Program | None, plan: PruningPlan | None) -> None:
         raise OptionError(f"plan is a {type(plan).__name__}", hint="give the PruningPlan that the program was made by")
 
 
-def check_labels(labels: tuple[str, ...], program: Program) -> None:
-    """Raise OptionError where there are not as many names as the model has classes."""
+def fitting_labels(labels: tuple[str, ...], program: Program, notes: list[str]) -> tuple[str, ...]:
+    """The names of classes, none where there are not as many as the model has classes (the folders of calibration
+    pictures may be few of them), with a note."""
     dims = program.outputs[0].dims if len(program.outputs) == 1 else ()
     if labels and len(dims) == 2 and isinstance(dims[1], int) and dims[1] != len(labels):
-        raise OptionError(f"there are {len(labels)} labels for {dims[1]} classes", hint="name every class once")
+        notes.append(f"the data name {len(labels)} classes and the model has {dims[1]}: the names are not recorded")
+        return ()
+    return labels
 
 
 def checked_search(

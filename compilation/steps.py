@@ -20,7 +20,7 @@ from ..frontend.batches import Batches
 from ..frontend.cost import count_macs
 from ..frontend.program import Program
 from ..passes.base import VALUES, Context, Pass
-from ..passes.manager import PassManager
+from ..passes.manager import REPRODUCER, PassManager
 from ..passes.memory import return_memory
 from ..passes.pipeline import make_pass, parse_pipeline, print_pipeline
 from ..passes.prune.groups import find_pinned
@@ -159,7 +159,7 @@ def transform(
     known = len(program.log)
 
     def run(part: list[Pass], before: Program, first: int) -> Program:
-        repro = settings.dump / "crash.repro" if settings.dump else None
+        repro = settings.dump / REPRODUCER if settings.dump else None
         manager = PassManager(
             part, dump=settings.dump, repro=repro, on_stage=stages.tell, first=first, share_weights=True
         )

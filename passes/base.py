@@ -17,6 +17,7 @@ true is checked by the manager, not by the pass.
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, ClassVar, Protocol, TypeVar
@@ -110,6 +111,7 @@ def register_pass(cls: P) -> P:
         raise PipelineError(f"{cls!r} is not a subclass of fxpress.Pass", hint="write `class MyPass(fxpress.Pass)`")
     if not cls.name:
         raise PipelineError(f"pass {cls.__name__} has no name", hint='give it one: name = "my-pass"')
+    _check_declarations(cls)
     known = _REGISTRY.get(cls.name)
     if known is not None and (known.__module__, known.__qualname__) != (cls.__module__, cls.__qualname__):
         raise PipelineError(
@@ -119,6 +121,23 @@ def register_pass(cls: P) -> P:
         )
     _REGISTRY[cls.name] = cls
     return cls
+
+
+def _check_declarations(cls: type[Pass]) -> None:
+    """Raise PipelineError for a class whose options or promises cannot be read."""
+    if "__dataclass_fields__" not in vars(cls):
+        raise PipelineError(
+            f"pass {cls.name!r} is no dataclass",
+            hint="put @dataclass(frozen=True) below @fxpress.register_pass: its fields are the options",
+        )
+    for option in dataclasses.fields(cls):  # type: ignore[arg-type]
+        if option.default is dataclasses.MISSING and option.default_factory is dataclasses.MISSING:
+            raise PipelineError(f"option {option.name!r} of pass {cls.name!r} has no default", hint="give it one")
+    unknown = sorted(set(cls.preserves) - {VALUES, INTERFACE})
+    if unknown:
+        raise PipelineError(
+            f"pass {cls.name!r} preserves {unknown[0]!r}", hint=f"what a pass can promise: {VALUES!r}, {INTERFACE!r}"
+        )
 
 
 def registered_passes() -> dict[str, type[Pass]]:

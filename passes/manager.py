@@ -87,10 +87,11 @@ class PassManager:
             raise PassError(
                 f"pass {item.name!r} returned {type(change).__name__}", hint="return fxpress.Change(count, notes)"
             )
-        if stale or change.count or fingerprint(program) != mark:
+        changed = bool(change.count) or fingerprint(program) != mark
+        if stale or changed:
             check_structure(program, item.name)
             check_interface(item, shell, program)
-        if before is not None and change.count:
+        if before is not None and changed:
             check_values(item, before, program)
         return_memory()
         program.log.append(StageRecord(item.name, seconds, change.count, change.notes, memory.megabytes))
@@ -104,9 +105,13 @@ class PassManager:
             return
         try:
             write_reproducer(self.repro, before, print_pipeline(self.passes[i:]), context.seed)  # type: ignore[arg-type]
-            error.add_note(f"reproducer: {self.repro} (replay with: fxpress rerun {self.repro})")
+            replay = f"fxpress rerun {self.repro}, with --plugin where a pass is yours"
+            error.add_note(f"reproducer: {self.repro} (replay with: {replay})")
         except Exception as second:
             error.add_note(f"no reproducer could be written: {second}")
+
+
+REPRODUCER = "crash.repro"  # its name in the folder of a dump
 
 
 def run_passes(program: Program, passes: Sequence[Pass] | str, context: Context | None = None) -> Program:

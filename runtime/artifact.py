@@ -19,7 +19,7 @@ from onnx import ModelProto
 
 from ..errors import ArtifactError, OutputError
 from .atomic import check_writable, replace_folder
-from .manifest import FLOAT_MODEL, MODEL, Manifest, is_artifact
+from .manifest import FLOAT_MODEL, MODEL, Manifest, artifact_files, is_artifact
 from .model_file import ModelFile, external_data
 from .report.page import render_page
 from .report.words import comparison, far_from_float, percent
@@ -55,7 +55,7 @@ class Artifact:
     def save(self, folder: str | Path) -> Path:
         """Write the folder whole or not at all; an older artifact of that name is replaced. Raises OutputError."""
         folder = Path(folder)
-        replace_folder(folder, self._write, is_artifact)
+        replace_folder(folder, self._write, is_artifact, artifact_files)
         self.path = folder
         return folder
 
@@ -78,7 +78,7 @@ class Artifact:
 
 def check_output(folder: str | Path) -> None:
     """Raise OutputError now if an artifact could not be written to `folder` later."""
-    check_writable(Path(folder), is_artifact)
+    check_writable(Path(folder), is_artifact, artifact_files)
 
 
 def read_report(folder: str | Path) -> dict[str, Any]:

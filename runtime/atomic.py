@@ -12,7 +12,7 @@ import os
 import shutil
 import sys
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from pathlib import Path
 
 from ..errors import OutputError
@@ -22,12 +22,18 @@ _AT_FDCWD = -100
 _RENAME_EXCHANGE = 2
 
 
-def replace_folder(target: Path, write: Callable[[Path], None], owned: Callable[[Path], bool]) -> None:
+Names = Callable[[Path], Collection[str]]
+
+
+def replace_folder(
+    target: Path, write: Callable[[Path], None], owned: Callable[[Path], bool], names: Names | None = None
+) -> None:
     """Let `write` fill a new folder and put it in the place of `target`.
 
-    An existing `target` is replaced only when it is empty or `owned` says that it is ours. Raises OutputError.
+    An existing `target` is replaced only when it is empty or `owned` says that it is ours, and holds nothing but what
+    `names` says is ours in it. Raises OutputError.
     """
-    check_writable(target, owned)
+    check_writable(target, owned, names)
     _sweep(target)
     temporary = Path(tempfile.mkdtemp(prefix=f".{target.name}{_MARK}{os.getpid()}-", dir=target.parent))
     try:
@@ -43,7 +49,7 @@ def replace_folder(target: Path, write: Callable[[Path], None], owned: Callable[
 _HINT = "choose a folder that you may write to, on a disk with room"
 
 
-def check_writable(target: Path, owned: Callable[[Path], bool]) -> None:
+def check_writable(target: Path, owned: Callable[[Path], bool], names: Names | None = None) -> None:
     """Raise OutputError now, rather than after long work, if `target` cannot be written later."""
     if target.exists() and not target.is_dir():
         raise OutputError(f"{target} is a file", hint="choose the name of a folder")
@@ -51,6 +57,13 @@ def check_writable(target: Path, owned: Callable[[Path], bool]) -> None:
         raise OutputError(
             f"{target} exists and is no fxpress artifact, so it is left alone",
             hint="choose another folder, or empty it",
+        )
+    known = names(target) if names is not None and target.is_dir() else None
+    others = [] if known is None else sorted(p.name for p in target.iterdir() if p.name not in known)
+    if others:
+        raise OutputError(
+            f"{target} also holds what fxpress did not write ({', '.join(others[:3])}), so it is left alone",
+            hint="move that elsewhere, or choose another folder",
         )
     try:
         target.parent.mkdir(parents=True, exist_ok=True)

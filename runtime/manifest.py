@@ -113,6 +113,15 @@ def record(path: Path) -> FileRecord:
     return FileRecord(path.stat().st_size, digest.hexdigest())
 
 
+def artifact_files(folder: Path) -> set[str]:
+    """The names of what fxpress wrote into an artifact's folder."""
+    try:
+        written = json.loads((folder / FILE).read_text(encoding="utf-8"))["files"]
+    except (OSError, ValueError, KeyError, TypeError):  # damaged: what it must have been
+        written = (MODEL, FLOAT_MODEL, "report.json", "report.html")
+    return {FILE, *written}
+
+
 def is_artifact(folder: Path) -> bool:
     """Does `folder` look like something that fxpress wrote?"""
     return (folder / FILE).is_file() and (folder / MODEL).is_file()

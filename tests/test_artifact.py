@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -17,7 +18,7 @@ from torch import nn
 
 import fxpress
 from fxpress.errors import ArtifactError, OutputError
-from fxpress.runtime.artifact import read_models, read_report
+from fxpress.runtime.artifact import check_output, read_models, read_report
 from fxpress.runtime.atomic import replace_folder
 from fxpress.runtime.manifest import Manifest
 from fxpress.runtime.report.page import render_page
@@ -82,6 +83,20 @@ def misfits(value, schema, path="report"):
 
 
 # -- the report ---------------------------------------------------------------------------------------------------
+
+
+def test_a_folder_with_files_of_the_user_is_left_alone(tiny_folder, tmp_path):
+    """Not only one that holds no artifact: an artifact with notes beside it, too."""
+    out = tmp_path / "out"
+    shutil.copytree(tiny_folder, out)
+    check_output(out)
+    (out / "notes.txt").write_text("mine")
+    with pytest.raises(OutputError, match=r"also holds what fxpress did not write \(notes.txt\)"):
+        check_output(out)
+    assert (out / "notes.txt").read_text() == "mine"
+    (out / "notes.txt").unlink()
+    (out / "manifest.json").write_text("damaged")
+    check_output(out)
 
 
 def test_the_report_has_exactly_the_keys_of_schema_1(tiny_folder):

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 import fxpress
-from fxpress.errors import PassError
+from fxpress.errors import PassError, PipelineError
 from fxpress.passes.base import INTERFACE, VALUES
 from fxpress.passes.manager import PassManager, op_counts, run_passes
 from fxpress.passes.rewrite import call_after, find
@@ -90,6 +90,54 @@ def test_a_false_declaration_is_caught(program, item, message):
     with pytest.raises(PassError) as error:
         run_passes(program, [item])
     assert message in str(error.value)
+
+
+@dataclass(frozen=True)
+class Quiet(fxpress.Pass):
+    """Changes weights, or the graph, and says that it changed nothing."""
+
+    name = "test-quiet"
+    preserves = frozenset({"values", "interface"})
+    graph: bool = False
+
+    def run(self, program, context):
+        if self.graph:
+            for node in program.graph.nodes:
+                if node.target is aten.relu.default:
+                    node.target = aten.abs.default
+        else:
+            with torch.no_grad():
+                for parameter in program.parameters():
+                    parameter.mul_(0.5)
+        return fxpress.Change()
+
+
+@pytest.mark.parametrize("graph", [True, False])
+def test_what_a_pass_does_counts_not_what_it_says(graph):
+    torch.manual_seed(0)
+    program = fxpress.capture(nn.Sequential(nn.Linear(3, 3), nn.ReLU()), torch.randn(2, 3))
+    with pytest.raises(PassError, match="preserves values, but"):
+        run_passes(program, [Quiet(graph)])
+
+
+def test_declarations_that_cannot_be_read_are_refused():
+    class Plain(fxpress.Pass):
+        name = "test-plain"
+
+    @dataclass(frozen=True)
+    class Open(fxpress.Pass):
+        name = "test-open"
+        limit: float
+
+    @dataclass(frozen=True)
+    class Misspelt(fxpress.Pass):
+        name = "test-misspelt"
+        preserves = frozenset({"value"})
+
+    for cls, words in ((Plain, "is no dataclass"), (Open, "'limit' .* has no default"), (Misspelt, "preserves 'value'")):
+        with pytest.raises(PipelineError, match=words) as caught:
+            fxpress.register_pass(cls)
+        assert "hint:" in str(caught.value)
 
 
 def test_dump_writes_the_graph_and_the_difference(program, tmp_path):

@@ -72,7 +72,7 @@ class CheckpointFolder:
 
     def check(self) -> None:
         """Raise OutputError now if the folder cannot be written later."""
-        check_writable(self.path, is_checkpoint)
+        check_writable(self.path, is_checkpoint, _files)
 
     def write(self, checkpoint: Checkpoint) -> None:
         """Replace what is there. Raises OutputError, and leaves it alone, where writing fails (a full disk)."""
@@ -91,7 +91,7 @@ class CheckpointFolder:
             for name in (_TENSORS, _STATE):
                 _flush(folder / name)
 
-        replace_folder(self.path, fill, is_checkpoint)
+        replace_folder(self.path, fill, is_checkpoint, _files)
 
     def read(self) -> Checkpoint | None:
         """What is there, or None in an empty or absent folder. Raises TrainingError for another run's, or damage."""
@@ -130,6 +130,11 @@ class CheckpointFolder:
             name, before, now = changed
             what = f"{name} was {_short(before)}, is {_short(now)}"
             raise TrainingError(f"the checkpoint {self.path} is of another run: {what}", hint=hint)
+
+
+def _files(path: Path) -> tuple[str, ...]:
+    """What a training writes into its folder."""
+    return _STATE, _TENSORS
 
 
 def is_checkpoint(path: Path) -> bool:
