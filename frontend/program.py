@@ -248,7 +248,9 @@ def delete_attribute(module: torch.nn.Module, path: str) -> None:
     owner_path, _, leaf = path.rpartition(".")
     owner = get_attribute(module, owner_path) if owner_path else module
     delattr(owner, leaf)
-    if owner_path and not any((owner._parameters, owner._buffers, owner._modules)):
+    # Constants that torch.export lifted are plain attributes.
+    holds = any((owner._parameters, owner._buffers, owner._modules))
+    if owner_path and not holds and not any(isinstance(v, torch.Tensor) for v in vars(owner).values()):
         delete_attribute(module, owner_path)
 
 

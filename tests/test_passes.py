@@ -8,6 +8,7 @@ from torch import nn
 from torch.utils import _pytree as pytree
 
 import fxpress
+from fxpress.frontend.program import delete_attribute
 from fxpress.passes.manager import op_counts, run_passes
 
 aten = torch.ops.aten
@@ -217,3 +218,17 @@ def test_recurrent_layers_are_not_unrolled_to_know_their_shapes(kind, options):
     for value, real in zip(outputs, pytree.tree_leaves(checked(x)), strict=True):
         assert tuple(value.shape) == tuple(real.shape)
         assert value.is_contiguous() == real.is_contiguous()
+
+
+def test_plain_constants_keep_their_module():
+    """torch.export stores lifted constants as attributes, which are neither parameters nor buffers."""
+    module = nn.Module()
+    module.add_module("inner", nn.Module())
+    module.inner.register_buffer("gone", torch.zeros(1))
+    module.inner.constant = torch.ones(4)
+    delete_attribute(module, "inner.gone")
+    assert torch.equal(module.inner.constant, torch.ones(4))
+    module.inner.register_buffer("last", torch.zeros(1))
+    del module.inner.constant
+    delete_attribute(module, "inner.last")
+    assert not hasattr(module, "inner")
