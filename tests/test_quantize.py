@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 import fxpress
+from fxpress.backends.coverage import measure_coverage
 from fxpress.backends.onnx.lower import lower
 from fxpress.backends.targets import load_target
 from fxpress.errors import DataError, FxpressError, QuantizationError
@@ -374,3 +375,33 @@ def test_pictures_with_channels_last_go_through_pools_of_integers():
     assert pool.meta["val"].dtype is torch.uint8
     assert torch.equal(int8(x), int8(x.contiguous(memory_format=torch.channels_last)))
     assert [n.op_type for n in fxpress.to_onnx(int8).graph.node].count("Identity") == 0
+
+
+class ByHand(nn.Module):
+    """Linear layers as people write them by hand: one matrix twice, with and without a vector added."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.bias = nn.Parameter(torch.randn(8, 16) * 0.3), nn.Parameter(torch.randn(16) * 0.1)
+        self.second, self.third = nn.Parameter(torch.randn(6, 16) * 0.3), nn.Parameter(torch.randn(6, 4) * 0.3)
+
+    def forward(self, x):
+        y = torch.relu(self.bias + x @ self.first)
+        return torch.relu(y @ self.second.T) @ self.third
+
+
+@pytest.mark.parametrize("target", ["ort-x86", "ort-x86-avx2", "tensorrt", "qnn"])
+@pytest.mark.parametrize("shape", [(16, 8), (16, 5, 8)])
+def test_products_with_constant_matrices_are_layers(target, shape):
+    torch.manual_seed(0)
+    x = torch.randn(shape)
+    program = fxpress.capture(ByHand().eval(), x[:2])
+    int8 = fxpress.quantize(program, x, target=target)
+    assert sum(n.target is torch.ops.aten.linear.default for n in int8.graph.nodes) == 3
+    if target.startswith("ort"):
+        assert measure_coverage(fxpress.to_onnx(int8, target=target)).integer_macs == 1
+    ours, theirs = int8(x), program(x)
+    assert 10 * torch.log10(theirs.square().sum() / (theirs - ours).square().sum()) > 25
+    layers = check_layers(int8, (x,))
+    assert layers.kept
+    assert layers.share_equal > 0.999

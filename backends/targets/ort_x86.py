@@ -48,6 +48,8 @@ TARGET = Target(
         "aten.avg_pool2d.default",
         "aten.linear.default",
         "aten.addmm.default",
+        "aten.matmul.default",
+        "aten.add.Tensor",
         "aten.scaled_dot_product_attention.default",
     ),
     isolate=SOFTMAXES,

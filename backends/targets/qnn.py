@@ -34,7 +34,7 @@ TARGET = Target(
     activation=NumberFormat(torch.uint8),
     weight=NumberFormat(torch.int8, symmetric=True, per_channel=True, narrow=True),
     absorbs=CLAMPS,
-    expand=("aten.linear.default", "aten.addmm.default"),
+    expand=("aten.linear.default", "aten.addmm.default", "aten.matmul.default", "aten.add.Tensor"),
     runtime=None,
     run="not run here: form of the file checked; numbers in ONNX Runtime",
     rows=(

@@ -28,7 +28,7 @@ TARGET = Target(
     weight=NumberFormat(torch.int8, symmetric=True, per_channel=True, narrow=True),
     bias=None,
     fuses=(*CLAMPS, *CURVES),
-    expand=("aten.linear.default", "aten.addmm.default"),
+    expand=("aten.linear.default", "aten.addmm.default", "aten.matmul.default", "aten.add.Tensor"),
     runtime=None,
     session=(("session.qdqisint8allowed", "1"),),
     run="not run here: form of the file checked; numbers in ONNX Runtime",

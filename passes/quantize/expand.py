@@ -4,6 +4,7 @@
     hardswish(x)         x * hardsigmoid(x)                                    behind an integer op
     avg_pool2d(x)        a depthwise convolution with weights 1 / window        behind an integer op
     addmm(b, x, W)       linear(x, W^T, b)                                     where W and b are parameters
+    matmul(x, W) [+ b]   linear(x, W^T, b)                                     where W and b are constants
     linear(x[..., K])    reshape to [tokens, K], linear, reshape back           anywhere: its row is for matrices
     attention(q, k, v)   matmul(softmax(matmul(q c, k^T) + mask), v)            where the form "attention" is on
 
@@ -146,6 +147,53 @@ def _addmm(program: Program, node: fx.Node) -> fx.Node | None:
     return call_before(node, aten.linear.default, x, stored, bias)
 
 
+def _matmul(program: Program, node: fx.Node) -> fx.Node | None:
+    """A product with a constant matrix; where a constant is added to it, that is written together (`_biased`)."""
+    reader = next(iter(node.users), None)
+    if not _is_layer(program, node) or (reader is not None and _bias_of(program, reader) is not None):
+        return None
+    return _as_linear(program, node, node, None)
+
+
+def _biased(program: Program, node: fx.Node) -> fx.Node | None:
+    bias = _bias_of(program, node)
+    product = next((a for a in node.args[:2] if is_op(a, aten.matmul.default)), None)
+    return None if bias is None else _as_linear(program, node, product, bias)  # type: ignore[arg-type]
+
+
+def _bias_of(program: Program, node: fx.Node) -> fx.Node | None:
+    """The constant vector that a node adds to the product of a layer that nobody else reads."""
+    if not is_op(node, aten.add.Tensor) or argument(node, "alpha") != 1:
+        return None
+    for product, bias in (node.args[:2], node.args[1::-1]):
+        if not is_op(product, aten.matmul.default) or len(product.users) != 1 or not is_constant(bias):  # type: ignore[union-attr]
+            continue
+        value = constant(program, bias)
+        fits = value is not None and value.shape == product.meta["val"].shape[-1:]  # type: ignore[union-attr]
+        if fits and value.dtype is torch.float32 and _is_layer(program, product):  # type: ignore[arg-type, union-attr]
+            return bias  # type: ignore[return-value]
+    return None
+
+
+def _is_layer(program: Program, node: fx.Node) -> bool:
+    """Does a matmul multiply an activation [..., K] by a constant matrix [K, N]?"""
+    x, weight = node.args[:2]
+    if is_constant(x) or not is_constant(weight):
+        return False
+    value = constant(program, weight)
+    return value is not None and value.ndim == 2 and value.dtype is torch.float32 and x.meta["val"].ndim >= 2  # type: ignore[union-attr]
+
+
+def _as_linear(program: Program, node: fx.Node, product: fx.Node, bias: fx.Node | None) -> fx.Node:
+    x, weight = product.args[:2]
+    value = constant(program, weight)
+    assert value is not None
+    transposed = torch.nn.Parameter(value.detach().t().contiguous(), requires_grad=value.requires_grad)
+    stored = put_constant(program, f"{weight.target}_t", transposed, node)  # type: ignore[union-attr]
+    layer = call_before(node, aten.linear.default, x, stored, bias)
+    return _tokens(program, layer) or layer
+
+
 def _tokens(program: Program, node: fx.Node) -> fx.Node | None:
     """A linear layer on tokens [N, T, K] as one on the matrix [N T, K], shared by all that read the same tokens.
 
@@ -212,6 +260,8 @@ EXPANSIONS: dict[str, Expansion] = {
     "aten.hardswish.default": Expansion(_hardswish, behind_integers=True, form="hardswish"),
     "aten.avg_pool2d.default": Expansion(_average_pool, behind_integers=True),
     "aten.addmm.default": Expansion(_addmm),
+    "aten.matmul.default": Expansion(_matmul),
+    "aten.add.Tensor": Expansion(_biased),
     "aten.linear.default": Expansion(_tokens),
     "aten.scaled_dot_product_attention.default": Expansion(_attention, form="attention"),
 }
