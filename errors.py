@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import difflib
 import traceback
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 
 
 class FxpressError(Exception):
@@ -97,6 +98,18 @@ def line_of(error: BaseException) -> str | None:
     """The deepest line outside torch: where code of the user's failed."""
     frames = [f for f in traceback.extract_tb(error.__traceback__) if "/torch/" not in f.filename]
     return f"{frames[-1].filename}:{frames[-1].lineno}: {frames[-1].line}" if frames else None
+
+
+@contextmanager
+def explained(kind: type[FxpressError], what: str, hint: str) -> Iterator[None]:
+    """Turn what code of the user's raises into an error of `kind` that says where it failed."""
+    try:
+        yield
+    except FxpressError:
+        raise
+    except Exception as error:
+        message = f"{what}: {type(error).__name__}: {first_line(error)}"
+        raise kind(message, where=line_of(error), hint=hint) from error
 
 
 def did_you_mean(word: str, known: Iterable[str], title: str = "known") -> str:

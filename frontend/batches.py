@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from torch.utils import _pytree as pytree
 
-from ..errors import DataError, FxpressError, first_line, line_of
+from ..errors import DataError, explained
 from .program import Program, TensorInfo, dtype_name
 
 NO_LABEL = -100  # the class number that PyTorch's losses ignore
@@ -24,6 +24,7 @@ LABEL_NAMES = ("label", "labels", "y", "target", "targets")
 # A one-shot iterator is kept in memory up to this size, since calibration and verification read the data again.
 _KEEP_MB = 512.0
 _TENSOR_BATCH = 32
+_END = object()
 
 
 @dataclass
@@ -88,19 +89,12 @@ def read(source: Callable[[], Iterable[Any]]) -> Iterator[Any]:
     """What the data give. Raises DataError where the user's own code fails at it."""
     items: Iterator[Any] | None = None
     for index in itertools.count():
-        try:
+        what, hint = f"batch {index} of the data cannot be read", "the code that gives the data fails"
+        with explained(DataError, what, f"{hint}: try `for batch in data: pass`"):
             items = iter(source()) if items is None else items
-            item = next(items)
-        except StopIteration:
+            item = next(items, _END)
+        if item is _END:
             return
-        except FxpressError:
-            raise
-        except Exception as error:
-            raise DataError(
-                f"batch {index} of the data cannot be read: {type(error).__name__}: {first_line(error)}",
-                where=line_of(error),
-                hint="the code that gives the data fails: try `for batch in data: pass`",
-            ) from error
         yield item
 
 
@@ -254,13 +248,8 @@ def _reiterable(program: Program, data: Any) -> Callable[[], Iterable[Any]]:
 
 
 def _called(make: Callable[[], Any]) -> Iterable[Any]:
-    try:
+    with explained(DataError, "the data function fails", "it is called without arguments"):
         result = make()
-    except FxpressError:
-        raise
-    except Exception as error:
-        what = f"the data function fails: {type(error).__name__}: {first_line(error)}"
-        raise DataError(what, where=line_of(error), hint="it is called without arguments") from error
     if not isinstance(result, Iterable):
         raise DataError(f"the data function returned a {type(result).__name__}", hint="return an iterable of batches")
     return result

@@ -22,7 +22,7 @@ from torch import nn
 from torch.nn import functional
 from torch.utils import _pytree as pytree
 
-from ..errors import DataError, FxpressError, OptionError, did_you_mean, first_line, line_of
+from ..errors import DataError, OptionError, did_you_mean, explained
 from ..frontend.cost import op_name
 from ..frontend.program import Program, layer_name
 from ..passes.prune.recovery.partial_run import PartialRun
@@ -89,12 +89,9 @@ class Distillation(nn.Module):
         inputs = example_tensors(student)
         with torch.no_grad():
             seen = self._student(student, inputs)
-            try:
+            what = "the teacher does not run on the student's inputs"
+            with explained(OptionError, what, "teacher and student take the same inputs"):
                 taught = self._teacher(inputs)
-            except FxpressError:
-                raise
-            except Exception as error:
-                raise _running(error) from error
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
             return nn.ModuleList(nn.ModuleList(term.adapters(seen, taught)) for term in self.terms)
@@ -135,11 +132,10 @@ class _ProgramView:
             nodes = [program.output_nodes()[0], *(named_node(program, n) for n in self.names)]
             self._run = PartialRun(program, nodes)
             self._nodes = nodes
+            self._maps = frozenset(name for name, node in zip(self.names, nodes[1:]) if channels_second(node))
         values = self._run(inputs)
         first, *others = self._nodes
-        named = dict(zip(self.names, others))
-        maps = frozenset(name for name, node in named.items() if channels_second(node))
-        return Seen(values[first].float(), {name: values[n].float() for name, n in named.items()}, maps)
+        return Seen(values[first].float(), {n: values[v].float() for n, v in zip(self.names, others)}, self._maps)
 
 
 def named_node(program: Program, name: str) -> Any:
@@ -182,14 +178,6 @@ def _is_feature(node: Any) -> bool:
     value = node.meta.get("val")
     constant = all(source.op == "get_attr" for source in node.all_input_nodes)
     return isinstance(value, torch.Tensor) and value.ndim >= 2 and value.is_floating_point() and not constant
-
-
-def _running(error: Exception) -> OptionError:
-    return OptionError(
-        f"the teacher does not run on the student's inputs: {type(error).__name__}: {first_line(error)}",
-        where=line_of(error),
-        hint="teacher and student take the same inputs",
-    )
 
 
 class _Teacher:

@@ -22,7 +22,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..errors import DataError, FxpressError, OptionError, did_you_mean, first_line
+from ..errors import DataError, OptionError, did_you_mean, explained
 from ..frontend.program import Program, StageRecord, require_program
 from ..frontend.train_modes import training_notes
 from ..passes.memory import peak_memory
@@ -215,15 +215,9 @@ def read_examples(
     program: Program, data: Any, options: TrainingOptions, workers: int = 0, labelled: bool = True
 ) -> Held | Indexed | Streamed:
     """The data of a training. Raises DataError, also where code of the user's that gives them fails."""
-    try:
+    hint = "give (inputs..., labels), a list of such batches, a Dataset or a DataLoader"
+    with explained(DataError, "the training data cannot be read", hint):
         return as_examples(program, data, options.batch_size, options.seed, workers, labelled)
-    except FxpressError:
-        raise
-    except Exception as error:
-        raise DataError(
-            f"the training data cannot be read: {type(error).__name__}: {first_line(error)}",
-            hint="give (inputs..., labels), a list of such batches, a Dataset or a DataLoader",
-        ) from error
 
 
 def _augmentation(augment: Augment | str | None, objective: Objective | None) -> Augment | None:

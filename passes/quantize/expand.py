@@ -17,6 +17,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import fx
@@ -142,27 +143,27 @@ def _addmm(program: Program, node: fx.Node) -> fx.Node | None:
     values = constant(program, weight), constant(program, bias)
     if values[1] is None or values[0] is None or values[1].ndim != 1:
         return None
-    transposed = torch.nn.Parameter(values[0].detach().t().contiguous(), requires_grad=values[0].requires_grad)
-    stored = put_constant(program, f"{weight.target}_t", transposed, node)  # type: ignore[union-attr]
-    return call_before(node, aten.linear.default, x, stored, bias)
+    return _as_linear(program, node, x, weight, bias)
 
 
 def _matmul(program: Program, node: fx.Node) -> fx.Node | None:
     """A product with a constant matrix; where a constant is added to it, that is written together (`_biased`)."""
     reader = next(iter(node.users), None)
-    if not _is_layer(program, node) or (reader is not None and _bias_of(program, reader) is not None):
+    if not _is_layer(program, node) or (reader is not None and _biased_product(program, reader) is not None):
         return None
-    return _as_linear(program, node, node, None)
+    return _as_linear(program, node, node.args[0], node.args[1])
 
 
 def _biased(program: Program, node: fx.Node) -> fx.Node | None:
-    bias = _bias_of(program, node)
-    product = next((a for a in node.args[:2] if is_op(a, aten.matmul.default)), None)
-    return None if bias is None else _as_linear(program, node, product, bias)  # type: ignore[arg-type]
+    found = _biased_product(program, node)
+    if found is None:
+        return None
+    product, bias = found
+    return _as_linear(program, node, product.args[0], product.args[1], bias)
 
 
-def _bias_of(program: Program, node: fx.Node) -> fx.Node | None:
-    """The constant vector that a node adds to the product of a layer that nobody else reads."""
+def _biased_product(program: Program, node: fx.Node) -> tuple[fx.Node, fx.Node] | None:
+    """The product of a layer that nobody else reads, and the constant vector that `node` adds to it."""
     if not is_op(node, aten.add.Tensor) or argument(node, "alpha") != 1:
         return None
     for product, bias in (node.args[:2], node.args[1::-1]):
@@ -171,7 +172,7 @@ def _bias_of(program: Program, node: fx.Node) -> fx.Node | None:
         value = constant(program, bias)
         fits = value is not None and value.shape == product.meta["val"].shape[-1:]  # type: ignore[union-attr]
         if fits and value.dtype is torch.float32 and _is_layer(program, product):  # type: ignore[arg-type, union-attr]
-            return bias  # type: ignore[return-value]
+            return product, bias  # type: ignore[return-value]
     return None
 
 
@@ -184,12 +185,12 @@ def _is_layer(program: Program, node: fx.Node) -> bool:
     return value is not None and value.ndim == 2 and value.dtype is torch.float32 and x.meta["val"].ndim >= 2  # type: ignore[union-attr]
 
 
-def _as_linear(program: Program, node: fx.Node, product: fx.Node, bias: fx.Node | None) -> fx.Node:
-    x, weight = product.args[:2]
+def _as_linear(program: Program, node: fx.Node, x: Any, weight: Any, bias: Any = None) -> fx.Node:
+    """linear(x, W^T, b) before `node`, for the constant matrix W that `weight` reads."""
     value = constant(program, weight)
     assert value is not None
     transposed = torch.nn.Parameter(value.detach().t().contiguous(), requires_grad=value.requires_grad)
-    stored = put_constant(program, f"{weight.target}_t", transposed, node)  # type: ignore[union-attr]
+    stored = put_constant(program, f"{weight.target}_t", transposed, node)
     layer = call_before(node, aten.linear.default, x, stored, bias)
     return _tokens(program, layer) or layer
 
