@@ -10,13 +10,15 @@ import numpy as np
 import onnxruntime
 
 from ..errors import DataError, FxpressError, first_line
+from .processor import saturates
 
 if TYPE_CHECKING:
     import onnx
 
 _ERRORS_ONLY = 3
 _PROVIDER = "CPUExecutionProvider"
-# Without VNNI 8-bit products saturate, unless this is set (see processor.py); with VNNI it changes nothing.
+# Without VNNI 8-bit products saturate, unless this is set (see processor.py). Only there: with AMX it takes the fast
+# kernels away and changes no digit.
 _EXACT = ("session.x64quantprecision", "1")
 _NO_EXACT = "Attempt to replace the existing tensor"
 _LOST_TYPE = "output_dtype INT8 does not match y_zero_point type UINT8"
@@ -92,7 +94,8 @@ class Session:
 
 
 def _load(source: bytes | str, options: onnxruntime.SessionOptions) -> onnxruntime.InferenceSession:
-    options.add_session_config_entry(*_EXACT)
+    if saturates():
+        options.add_session_config_entry(*_EXACT)
     try:
         return onnxruntime.InferenceSession(source, options, providers=[_PROVIDER])
     except Exception as error:

@@ -13,7 +13,7 @@ from fxpress.backends.onnx.lower import lower
 from fxpress.backends.targets import load_target, target_names
 from fxpress.compilation import placing
 from fxpress.errors import OptionError
-from fxpress.runtime import processor
+from fxpress.runtime import processor, session
 from fxpress.runtime.layers import check_layers
 from fxpress.runtime.session import Session, make_session
 
@@ -77,6 +77,16 @@ def test_the_probe_agrees_with_a_model(loud):
     (found,) = plain.run(None, {plain.get_inputs()[0].name: x.numpy()})
     (exact,) = make_session(model).run(x.numpy())
     assert bool(np.abs(found - exact).max() > 0.1 * np.abs(exact).max()) == processor.saturates()
+
+
+@pytest.mark.parametrize("saturating", [True, False])
+def test_exact_products_are_asked_for_only_where_they_saturate(monkeypatch, loud, saturating):
+    """With AMX the option takes the fast kernels away: resnet18 was as slow on integers as in float."""
+    monkeypatch.setattr(session, "saturates", lambda: saturating)
+    asked = []
+    monkeypatch.setattr(onnxruntime.SessionOptions, "add_session_config_entry", lambda _, name, value: asked.append((name, value)))
+    make_session(lower(loud[0]))
+    assert (("session.x64quantprecision", "1") in asked) == saturating
 
 
 def test_no_two_weights_share_a_zero_point(loud):
