@@ -3,7 +3,7 @@
     quantize(x, scale, zero_point, dtype)    q = saturate(round_half_even(x / scale) + zero_point)
     dequantize(q, scale, zero_point)         x = (q - zero_point) * scale
     dequantize_channel(q, scale, axis)       the same with one scale per index of `axis`, zero point 0
-    space_to_depth(x, block)                 [N, C, H, W] -> [N, block^2 C, H / block, W / block], as ONNX SpaceToDepth
+    pixel_blocks(x, block)                   [N, C, H, W] -> [N, block^2 C, H / block, W / block], blocks as channels
     observe(x, key)                          x; the interpreter of the calibration hands x to observer number `key`
     fake_quantize(x, scale, zero_point, ..)  dequantize(quantize(x)) in float, with gradients (learned_steps.py)
     dynamic_linear, dynamic_lstm             layers whose input is quantized by its own range (dynamic.py)
@@ -44,13 +44,14 @@ def dequantize_channel(q: torch.Tensor, scale: torch.Tensor, axis: int) -> torch
     return q.to(torch.float32) * scale.reshape(shape)
 
 
-def space_to_depth(x: torch.Tensor, block: int) -> torch.Tensor:
+def pixel_blocks(x: torch.Tensor, block: int) -> torch.Tensor:
     """Each block of pixels becomes channels: [N, C, H, W] -> [N, block^2 C, H / block, W / block], any dtype.
 
-    Channels are ordered by row in the block, column in the block, channel: ONNX's order, not that of pixel_unshuffle.
+    Channels are ordered by column in the block, row in the block, channel. In this order (not that of SpaceToDepth or
+    pixel_unshuffle) a runtime that works on channels last moves whole rows, then whole pixels, then nothing.
     """
     n, c, h, w = x.shape
-    blocks = x.reshape(n, c, h // block, block, w // block, block).permute(0, 3, 5, 1, 2, 4)
+    blocks = x.reshape(n, c, h // block, block, w // block, block).permute(0, 5, 3, 1, 2, 4)
     return blocks.reshape(n, block * block * c, h // block, w // block)
 
 
@@ -74,7 +75,7 @@ _OPERATORS = {
     "quantize(Tensor x, float scale, int zero_point, ScalarType dtype) -> Tensor": (quantize, _fake_quantize),
     "dequantize(Tensor q, float scale, int zero_point) -> Tensor": (dequantize, _fake_dequantize),
     "dequantize_channel(Tensor q, Tensor scale, int axis) -> Tensor": (dequantize_channel, _fake_dequantize_channel),
-    "space_to_depth(Tensor x, int block) -> Tensor": (space_to_depth, space_to_depth),
+    "pixel_blocks(Tensor x, int block) -> Tensor": (pixel_blocks, pixel_blocks),
     "observe(Tensor x, int key) -> Tensor": (_observe, lambda x, key: torch.empty_like(x)),
     learned_steps.SCHEMA: (learned_steps.fake_quantize, learned_steps.fake_kernel),
     **dynamic.OPERATORS,

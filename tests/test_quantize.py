@@ -15,7 +15,7 @@ from fxpress.backends.coverage import measure_coverage
 from fxpress.backends.onnx.lower import lower
 from fxpress.backends.targets import load_target
 from fxpress.errors import DataError, FxpressError, QuantizationError
-from fxpress.frontend.operators import dequantize, quantize, space_to_depth
+from fxpress.frontend.operators import dequantize, pixel_blocks, quantize
 from fxpress.passes.base import Context
 from fxpress.passes.manager import PassManager, op_counts, run_passes
 from fxpress.passes.quantize.annotate import annotate_program, annotation
@@ -292,16 +292,16 @@ def test_a_stem_over_blocks_is_the_same_convolution(kernel, pads, halves, channe
     x = torch.randint(0, 256, (2, channels, *size)).double()
     want = torch.nn.functional.conv2d(x, weight, stride=2, padding=pads)
     blocks, before, after = block_weights(weight, pads, size, tuple(want.shape[2:]))
-    moved = torch.nn.functional.pad(space_to_depth(x, 2), (before[1], after[1], before[0], after[0]))
+    moved = torch.nn.functional.pad(pixel_blocks(x, 2), (before[1], after[1], before[0], after[0]))
     assert torch.equal(torch.nn.functional.conv2d(moved, blocks), want)
 
 
 def test_stems_become_blocks_on_the_target_that_wants_them():
     program = prepared()
-    assert op_counts(quantized(program))["fxpress.space_to_depth.default"] == 1
+    assert op_counts(quantized(program))["fxpress.pixel_blocks.default"] == 1
     plain = dataclasses.replace(TARGET, stem_blocks=False)
     int8 = PassManager("quantize").run(program, Context(target=plain, calibration=batches()))
-    assert "fxpress.space_to_depth.default" not in op_counts(int8)
+    assert "fxpress.pixel_blocks.default" not in op_counts(int8)
     (x,) = batches(1)[0]
     assert sqnr(int8(x), quantized(program)(x)) > 40
 

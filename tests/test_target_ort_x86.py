@@ -153,7 +153,7 @@ INTEGER = {
     "sigmoid": (Between(nn.Sigmoid()), {"QLinearSigmoid": 1}, ("Sigmoid", *FLOAT_CONVS)),
     "strided stem": (
         nn.Sequential(nn.Conv2d(8, 3, 1), nn.Conv2d(3, 16, 3, 2, 1), nn.ReLU(), conv(16)),
-        {"QLinearConv": 3, "SpaceToDepth": 1},
+        {"QLinearConv": 3, "Transpose": 3},
         ("Pad", *FLOAT_CONVS),
     ),
     "silu": (Between(nn.SiLU()), {"QLinearSigmoid": 1, "QLinearMul": 1}, ("Sigmoid", "QuickGelu", *FLOAT_CONVS)),

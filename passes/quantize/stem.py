@@ -1,7 +1,7 @@
 """The first layer as a convolution over 2x2 blocks of pixels.
 
 A stem reads few channels (3) with stride 2, which integer convolution kernels are slow at. Moving each 2x2 block of
-pixels into channels (SpaceToDepth) turns it into a stride-1 convolution with four times the channels and about half the
+pixels into channels turns it into a stride-1 convolution with four times the channels and about half the
 kernel size. With k - p = 2 q + r for kernel position k, padding p and r in {0, 1}:
 
     y[i] = sum_k w[k] x[2 i + k - p] = sum_q sum_r w[2 q + r + p] x2[i + q, r]
@@ -40,7 +40,7 @@ def _rewrite(program: Program, conv: fx.Node) -> bool:
     name = str(weight.args[0].target)  # type: ignore[union-attr]
     stored = put_constant(program, f"{name}_blocks", blocks, conv)
     new_weight = call_before(conv, torch.ops.fxpress.dequantize_channel.default, stored, *weight.args[1:])
-    moved = call_before(conv, torch.ops.fxpress.space_to_depth.default, real.args[0], 2)
+    moved = call_before(conv, torch.ops.fxpress.pixel_blocks.default, real.args[0], 2)
     back = call_before(conv, torch.ops.fxpress.dequantize.default, moved, *real.args[1:])
     margins = [before[1], after[1], before[0], after[0]]
     padded = call_before(conv, aten.constant_pad_nd.default, back, margins, 0.0) if any(margins) else back
@@ -101,5 +101,5 @@ def block_weights(
             blocks[:, :, row % 2, column % 2, at[0], at[1]] = weight[:, :, k, m]
     before = (-firsts[0], -firsts[1])
     after = tuple(o + n - 1 - s // 2 - b for o, n, s, b in zip(out, count, size, before))
-    # Channels in the order of space_to_depth: row in the block, column in the block, channel.
-    return blocks.permute(0, 2, 3, 1, 4, 5).flatten(1, 3).contiguous(), before, (after[0], after[1])
+    # Channels in the order of pixel_blocks: column in the block, row in the block, channel.
+    return blocks.permute(0, 3, 2, 1, 4, 5).flatten(1, 3).contiguous(), before, (after[0], after[1])

@@ -261,7 +261,7 @@ def _reads_blocks(node: fx.Node) -> bool:
     """Is it a stem that was rewritten over blocks of pixels?"""
     source = node.args[0]
     while isinstance(source, fx.Node) and source.op == "call_function":
-        if is_op(source, torch.ops.fxpress.space_to_depth.default):
+        if is_op(source, torch.ops.fxpress.pixel_blocks.default):
             return True
         if not is_op(source, torch.ops.fxpress.dequantize.default, torch.ops.aten.constant_pad_nd.default):
             return False

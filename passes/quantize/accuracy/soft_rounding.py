@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-from ....frontend.operators import space_to_depth
+from ....frontend.operators import pixel_blocks
 
 _LOW, _HIGH = -0.1, 1.1
 
@@ -82,5 +82,5 @@ def differentiable() -> Mapping[Any, Callable[..., Any]]:
     return {
         ops.quantize.default: _quantize,
         ops.dequantize.default: _dequantize,
-        ops.space_to_depth.default: space_to_depth,
+        ops.pixel_blocks.default: pixel_blocks,
     }
