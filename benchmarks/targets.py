@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import argparse
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 
 import numpy as np
 import onnx
@@ -137,8 +137,8 @@ def _with_default_options(model: onnx.ModelProto) -> Session:
 # -- OpenVINO ------------------------------------------------------------------------------------------------------
 
 
-def openvino() -> None:
-    for name in MODELS:
+def openvino(models: Iterable[str] = tuple(MODELS)) -> None:
+    for name in models:
         module, batches = MODELS[name]()
         program = prepared(module, batches[0][:2])
         made = {t: _quantized(program, t, batches) for t in ("ort-x86", "openvino")}
@@ -232,10 +232,15 @@ BENCHMARKS = {"accuracy": accuracy, "processor": processor, "openvino": openvino
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("what", nargs="*", default=list(BENCHMARKS), choices=[*BENCHMARKS, []])
+    parser.add_argument("--models", nargs="+", default=list(MODELS), choices=list(MODELS), help="for openvino: these only")
+    options = parser.parse_args()
     torch.set_num_threads(1)
     torch.manual_seed(0)
-    for name in parser.parse_args().what:
-        BENCHMARKS[name]()
+    for name in options.what:
+        if name == "openvino":
+            openvino(options.models)
+        else:
+            BENCHMARKS[name]()
 
 
 if __name__ == "__main__":

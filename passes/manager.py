@@ -99,7 +99,9 @@ class PassManager:
             write_dump(self.dump, self.first + i + 1, item.name, program, ops_before)
 
     def _on_failure(self, i: int, before: Program | None, context: Context, error: Exception) -> None:
-        """Write the reproducer. What fails here must not hide the error itself."""
+        """Name the pass and write the reproducer. What fails here must not hide the error itself."""
+        if not isinstance(error, FxpressError):  # those name it themselves; of others the traceback is worth most
+            error.add_note(f"in pass {self.passes[i].name!r}, number {self.first + i + 1} of the pipeline")  # type: ignore[union-attr]
         users_mistake = isinstance(error, FxpressError) and not isinstance(error, PassError)
         if before is None or self.repro is None or users_mistake:
             return

@@ -226,7 +226,9 @@ def test_a_failure_is_recorded_and_replayed(fxp, model, tmp_path):
     with pytest.raises(RuntimeError, match="on purpose") as caught:
         main(["compile", f"{model}:with_inputs", "--pipeline", "cleanup,crash", "--plugin", str(tmp_path / "crash.py"),
               "-o", str(tmp_path / "o"), "--dump", str(tmp_path / "dump")])  # fmt: skip
-    assert "crash.repro" in caught.value.__notes__[0]
+    named, recorded = caught.value.__notes__
+    assert named == "in pass 'crash', number 2 of the pipeline"
+    assert "crash.repro" in recorded
     assert not (tmp_path / "o").exists()
     with pytest.raises(RuntimeError, match="on purpose"):
         main(["rerun", str(tmp_path / "dump" / "crash.repro"), "--plugin", str(tmp_path / "crash.py")])
