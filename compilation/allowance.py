@@ -40,7 +40,7 @@ from ..passes.quantize.placement.sensitivity import Sensitivity
 from ..passes.quantize.placement.trials import Trials, flat_steps, without_fitting
 from ..runtime.evaluate import Evaluate, Metric, least_allowed, measure, session_runner, torch_runner
 from ..runtime.report.build import Promise
-from ..runtime.report.environment import describe_environment
+from ..runtime.report.environment import processor_kind
 from ..runtime.session import Session, make_session
 
 
@@ -245,9 +245,9 @@ def _attempt(trials: Trials, context: Context) -> Callable[[Setting], tuple[floa
 
 def _fingerprint(floating: Program, context: Context, allowance: Allowance) -> str:
     """What the facts of a journal hold for. Not the allowance and the budget: a trial is what it is under any."""
-    before, machine = allowance.before, describe_environment(1)
+    before = allowance.before
     facts = (before.name, before.value, before.count, allowance.judged_on)
-    versions = (__version__, torch.__version__, onnxruntime.__version__, machine["cpu"])
+    versions = (__version__, torch.__version__, onnxruntime.__version__, processor_kind())
     target = context.target
     formats = (target.name, str(target.activation), str(target.weight)) if target else ()
     return fingerprint(floating, context.calibration or (), *facts, *versions, *formats, context.seed)

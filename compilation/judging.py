@@ -10,7 +10,8 @@ import torch
 from torch import fx
 
 from ..backends.coverage import Coverage, measure_coverage
-from ..frontend.batches import Batches, examples_in
+from ..frontend.batch_dim import count_examples
+from ..frontend.batches import Batches
 from ..frontend.cost import count_macs, op_name
 from ..frontend.program import Program, module_path
 from ..frontend.sqnr import Sqnr
@@ -58,7 +59,7 @@ def judge_layers(compiled: Compiled, real: tuple[torch.Tensor, ...]) -> tuple[La
 def layer_inputs(program: Program, real: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
     """The examples to judge layers on: the larger a network is, the more values each of them has to compare."""
     count = max(1, int(_LAYER_MACS / max(count_macs(program), 1)))
-    return take(program, real, min(count, examples_in(real)))
+    return take(program, real, min(count, count_examples(program.inputs, real)))
 
 
 def named_by_module(rows: list[LayerRow], program: Program) -> list[LayerRow]:

@@ -25,14 +25,14 @@ from ..runtime.benchmark import Timing, compare_on_example
 from ..runtime.latency import cache_folder
 from ..runtime.model_file import ModelFile
 from ..runtime.placement_trials import placed
-from ..runtime.processor import native_target, saturates
+from ..runtime.processor import family, native_target, saturates
 from ..runtime.report.build import Promise
 from ..runtime.session import Session, make_session
 from ..runtime.tuning import Trial, Tuning, tune
 
 # Less than what a call of the runtime from Python costs besides its kernels: no reason to change a model.
 LEAST_MS = 0.02
-_HERE = "ONNX Runtime, here"
+_SESSIONS = 3
 
 
 @dataclass(frozen=True)
@@ -53,14 +53,22 @@ class Timed:
 
 
 def lower_and_time(float_program: Program, final: Program, reference: Program, threads: int) -> Timed:
-    """Both as ONNX, and their latencies on one example."""
+    """Both as ONNX, and their latencies on one example. Where the compiled model seems slower, fresh sessions have a
+    say: where tensors lie in memory moves a model by some per cent, and the pair with the median ratio counts."""
     float_model, model = ModelFile(float_program), lower(final)
     float_session = make_session(float_model.source, threads=threads)
     return_memory()
     session = make_session(model, threads=threads)
     return_memory()
     timing = compare_on_example(float_session, session, reference, threads)
-    return Timed(float_model, model, float_session, session, timing)
+    timed = Timed(float_model, model, float_session, session, timing)
+    if not timed.slower:
+        return timed
+    timings = [timing]
+    while len(timings) < _SESSIONS:
+        first, second = (make_session(m, threads=threads) for m in (float_model.source, model))
+        timings.append(compare_on_example(first, second, reference, threads))
+    return dataclasses.replace(timed, timing=sorted(timings, key=lambda t: t.ratio)[_SESSIONS // 2])
 
 
 @dataclass
@@ -149,7 +157,7 @@ def without_vnni(target: Target) -> str:
 
 
 def _meant_for_here(target: Target) -> bool:
-    return target.runtime == "onnxruntime" and target.run.startswith(_HERE)
+    return target.runtime == "onnxruntime" and target.processor == family()
 
 
 def speed_promise(timed: Timed) -> Promise:

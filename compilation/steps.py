@@ -102,7 +102,9 @@ def compile_program(
     elsewhere = None
     if compiled.floating is not None and settings.target.runtime != "onnxruntime":
         with stages.step(settings.target.name) as record:
-            elsewhere = judge_elsewhere(compiled.final, float_model.load(), model, real, settings.target)
+            elsewhere = judge_elsewhere(
+                compiled.final, float_model.load(), model, real, settings.target, settings.threads
+            )
             record.notes += elsewhere.notes if elsewhere else []
     with stages.step("evaluate"):
         metrics = judge_both(evaluate, reference, compiled.final, session, known)

@@ -17,6 +17,7 @@ import torch
 from torch.utils import _pytree as pytree
 
 from ..errors import DataError, explained
+from .batch_dim import count_examples, some_examples
 from .program import Program, TensorInfo, dtype_name
 
 NO_LABEL = -100  # the class number that PyTorch's losses ignore
@@ -46,7 +47,7 @@ class Batches:
             check_batch(self.program.inputs, batch, index)
             if index == 0:
                 self.notes = sanity_notes(self.program, batch)
-            count += examples_in(batch)
+            count += count_examples(self.program.inputs, batch)
             yield batch
         if count == 0:
             raise DataError("the data hold no examples", hint="give at least one batch")
@@ -60,10 +61,11 @@ class Batches:
         for index, item in enumerate(read(self.source)):
             batch = flat_inputs(self.program.inputs, item)
             check_batch(self.program.inputs, batch, index)
-            labels = _labels(self.program.inputs, item, None if needed else examples_in(batch))
-            if labels.ndim and len(labels) != examples_in(batch):
+            count = count_examples(self.program.inputs, batch)
+            labels = _labels(self.program.inputs, item, None if needed else count)
+            if labels.ndim and len(labels) != count:
                 raise DataError(
-                    f"batch {index} of the data holds {examples_in(batch)} examples and {len(labels)} labels",
+                    f"batch {index} of the data holds {count} examples and {len(labels)} labels",
                     hint="give one label, or one tensor of labels, for each example",
                 )
             yield batch, labels
@@ -71,7 +73,7 @@ class Batches:
     def first(self, examples: int | None = None) -> tuple[torch.Tensor, ...]:
         """The first batch, cut to `examples`."""
         batch = next(iter(self))
-        return tuple(t[:examples] if t.ndim else t for t in batch) if examples else batch
+        return some_examples(self.program.inputs, batch, slice(examples)) if examples else batch
 
 
 def as_batches(program: Program, data: Any) -> Batches:
@@ -134,11 +136,6 @@ def _labels(infos: tuple[TensorInfo, ...], item: Any, unlabelled: int | None) ->
 def _is_numbers(value: Any) -> bool:
     """Is it a plain list of numbers, such as class numbers?"""
     return isinstance(value, list) and bool(value) and all(isinstance(v, (int, float)) for v in value)
-
-
-def examples_in(batch: tuple[Any, ...]) -> int:
-    """The number of examples: the first size of the first tensor that has one."""
-    return next((int(t.shape[0]) for t in batch if t.ndim), 1)
 
 
 def check_batch(infos: tuple[TensorInfo, ...], batch: tuple[torch.Tensor, ...], index: int) -> None:

@@ -14,7 +14,7 @@ _STATUS = Path("/proc/self/status")
 _CLEAR = Path("/proc/self/clear_refs")
 
 
-@dataclass
+@dataclass(eq=False)
 class Peak:
     """Peak resident memory in MB (10^6 bytes), filled in when the `with` block ends."""
 
@@ -23,14 +23,30 @@ class Peak:
 
 @contextlib.contextmanager
 def peak_memory() -> Iterator[Peak]:
-    """Measure the peak resident set within the block; on systems other than Linux, the peak of the process so far."""
+    """Measure the peak resident set within the block; on systems other than Linux, the peak of the process so far.
+
+    Blocks may lie within one another: the system knows one mark for all, so that it is noted before it is reset.
+    """
     peak = Peak()
+    _note()
     with contextlib.suppress(OSError):
         _CLEAR.write_text("5")  # resets the kernel's high-water mark, see proc(5)
+    _open.append(peak)
     try:
         yield peak
     finally:
-        peak.megabytes = round(_high_water() / 1e6, 1)
+        _note()
+        _open.remove(peak)
+
+
+_open: list[Peak] = []
+
+
+def _note() -> None:
+    """Tell the blocks that are open what the mark is."""
+    mark = round(_high_water() / 1e6, 1)
+    for peak in _open:
+        peak.megabytes = max(peak.megabytes, mark)
 
 
 def _high_water() -> float:

@@ -29,7 +29,7 @@ from .latency import LatencyTable, kernel_seconds
 from .layouts import Layouts, image
 from .probes import PROBE, probed
 
-_METHOD = "part-2"  # how parts are timed: figures that were measured otherwise are not taken
+_METHOD = "part-3"  # how parts are timed: figures that were measured otherwise are not taken
 _LAYOUT = frozenset({"ReorderInput", "ReorderOutput"})
 _CONVERSIONS = frozenset({"QuantizeLinear", "DequantizeLinear"})
 
@@ -50,7 +50,7 @@ class PartClock:
 
     def conversions(self, shape: tuple[int, ...], within: bool) -> Conversions:
         """The conversions of a tensor; `within` a network there are changes of layout besides."""
-        key = f"conversions {list(shape)} {'within' if within else 'alone'}"
+        key = f"{_METHOD} conversions {list(shape)} {'within' if within else 'alone'}"
         measured: list[Conversions] = []
 
         def measure(name: str) -> float:

@@ -100,11 +100,12 @@ def _sweep(target: Path) -> None:
     """Remove temporary folders whose writers are no longer alive."""
     for left in target.parent.glob(f".{target.name}{_MARK}*"):
         pid = left.name.split(_MARK)[-1].split("-")[0]
-        if pid.isdecimal() and not left.name.endswith("-old") and not _alive(int(pid)):
+        if pid.isdecimal() and not left.name.endswith("-old") and not alive(int(pid)):
             shutil.rmtree(left, ignore_errors=True)
 
 
-def _alive(pid: int) -> bool:
+def alive(pid: int) -> bool:
+    """Is there a process of that number?"""
     try:
         os.kill(pid, 0)
     except ProcessLookupError:

@@ -15,7 +15,9 @@ from .feed import example_tensors, take
 from .session import Runnable
 
 _DEVIATIONS = 1.96  # of a normal distribution: 95 %
-_TRIES = 20  # pairs run for each that is needed, before a clock is given up
+_NONE = 1e-9  # seconds
+_STEPS = 50  # of a clock, that a run has to take at least
+_LOOK = 0.03  # seconds for which a clock is watched
 _WARM, _WARM_SECONDS = 3, 0.2  # pairs run before: the first prepares memory, more are for what caches learn
 
 
@@ -47,30 +49,27 @@ def compare_latency(
     """Run both in turns for about `seconds` (at least `least` pairs each, after a warm-up) on the same inputs.
 
     With `clock=time.thread_time` sessions of one thread are compared by the processor time that they take, which other
-    processes on a busy machine disturb less. Pairs for which such a clock stood still (virtual machines account for
-    time in ticks) are left out, and where it hardly ever moves, the clock on the wall decides.
+    processes on a busy machine disturb less. Some machines account for it in ticks of milliseconds: where a run takes
+    fewer than 50 steps of the clock, the clock on the wall decides.
     """
     others = inputs if second_inputs is None else second_inputs
-    start = time.perf_counter()
+    start, shortest = time.perf_counter(), float("inf")
     for _ in range(_WARM):
-        first.run(*inputs)
-        second.run(*others)
+        runs = (_time(first, inputs, time.perf_counter), _time(second, others, time.perf_counter))
+        shortest = min(shortest, *runs)
         if time.perf_counter() - start > _WARM_SECONDS:
             break
+    if clock is not time.perf_counter and smallest_step(clock) * _STEPS > shortest:
+        clock = time.perf_counter
     pairs: list[tuple[float, float]] = []
     end = time.perf_counter() + seconds
-    tried = 0
     while len(pairs) < least or time.perf_counter() < end:
-        if tried > _TRIES * least and len(pairs) < least:
-            return compare_latency(first, second, inputs, second_inputs, seconds=seconds, least=least)
-        tried += 1
         # Whoever runs second finds warmer clocks and colder caches: take turns.
-        if tried % 2:
-            a, b = _time(first, inputs, clock), _time(second, others, clock)
-        else:
+        if len(pairs) % 2:
             b, a = _time(second, others, clock), _time(first, inputs, clock)
-        if a > 0 and b > 0:
-            pairs.append((a, b))
+        else:
+            a, b = _time(first, inputs, clock), _time(second, others, clock)
+        pairs.append((a, b))
     low, high = median_interval([a / b for a, b in pairs])
     return Timing(
         first_ms=statistics.median(a for a, _ in pairs) * 1e3,
@@ -105,7 +104,18 @@ def compare_on_example(
     return compare_latency(first, second, single, seconds=seconds, clock=clock)
 
 
+def smallest_step(clock: Callable[[], float]) -> float:
+    """The smallest step, in seconds, by which a clock moves while it is watched; infinite for one that does not."""
+    steps, last, end = [float("inf")], clock(), time.perf_counter() + _LOOK
+    while len(steps) < _STEPS and time.perf_counter() < end:
+        now = clock()
+        if now > last:
+            steps.append(now - last)
+            last = now
+    return min(steps)
+
+
 def _time(session: Runnable, inputs: tuple[np.ndarray, ...], clock: Callable[[], float]) -> float:
     start = clock()
     session.run(*inputs)
-    return clock() - start
+    return max(clock() - start, _NONE)  # a ratio of nothing to nothing is no ratio

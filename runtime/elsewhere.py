@@ -37,6 +37,7 @@ def judge_elsewhere(
     model: onnx.ModelProto,
     inputs: tuple[torch.Tensor, ...],
     target: Target,
+    threads: int = 1,
 ) -> Elsewhere | None:
     """Verify a quantized program for a target whose runtime is not ONNX Runtime; None where it is."""
     if target.runtime == "onnxruntime":
@@ -47,7 +48,7 @@ def judge_elsewhere(
     found = Elsewhere(stored_coverage(model, stated_reasons(program)), [form])
     missing = _why_not_in_openvino(target) if target.runtime == "openvino" else ""
     if target.runtime == "openvino" and not missing:
-        return _in_openvino(found, program, float_model, model, inputs)
+        return _in_openvino(found, program, float_model, model, inputs, threads)
     note = f"not run on {target.name} here{missing}: form and numbers are checked, speed is not"
     return replace(found, promises=[replace(form, detail=f"{detail}; {note}")], notes=[note])
 
@@ -67,8 +68,9 @@ def _in_openvino(
     float_model: onnx.ModelProto,
     model: onnx.ModelProto,
     inputs: tuple[torch.Tensor, ...],
+    threads: int,
 ) -> Elsewhere:
-    there = judge_in_openvino(program, float_model, model, inputs)
+    there = judge_in_openvino(program, float_model, model, inputs, threads)
     kernels = Counter(f"{k.kind} {k.precision}" for k in there.kernels)
     coverage = replace(found.coverage, integer_macs=there.integer_macs, kernels=dict(sorted(kernels.items())))
     promise = Promise("openvino", there.kept, str(there))

@@ -17,7 +17,8 @@ import torch
 from torch.utils import _pytree as pytree
 
 from ..errors import DataError, FxpressError, OptionError, line_of
-from ..frontend.batches import check_batch, examples_in, flat_inputs
+from ..frontend.batch_dim import count_examples
+from ..frontend.batches import check_batch, flat_inputs
 from ..frontend.program import Program
 from ..frontend.tensor_info import TensorInfo
 from .feed import leaves
@@ -54,7 +55,7 @@ class Runner:
         batch = flat_inputs(self.inputs, given)
         check_batch(self.inputs, batch, self.batches)
         self.batches += 1
-        self.count += examples_in(batch)
+        self.count += count_examples(self.inputs, batch)
         results = self.flat(batch)
         as_numpy = any(isinstance(x, np.ndarray) for x in pytree.tree_leaves(given))
         return self.pack(tuple(r.numpy() for r in results) if as_numpy else results)

@@ -12,12 +12,13 @@ from typing import Any
 import torch
 
 from ..errors import DataError
+from ..frontend.batch_dim import batch_name, batched, count_examples, some_examples
 from ..frontend.program import Program
 
 
 def has_dynamic_batch(program: Program) -> bool:
-    """Is the first dim of the first input symbolic?"""
-    return bool(program.inputs and program.inputs[0].dims and isinstance(program.inputs[0].dims[0], str))
+    """Does it take any number of examples?"""
+    return batch_name(program.inputs) is not None
 
 
 def random_inputs(program: Program, batch: int, generator: torch.Generator) -> tuple[torch.Tensor, ...]:
@@ -43,12 +44,7 @@ def take(program: Program, inputs: Sequence[torch.Tensor], batch: int) -> tuple[
         raise DataError(
             f"the program takes {len(program.inputs)} inputs, got {len(inputs)}", hint="pass the flat inputs in order"
         )
-    if not has_dynamic_batch(program):
-        return tuple(inputs)
-    name = program.inputs[0].dims[0]
-    return tuple(
-        _first(x, batch) if info.dims and info.dims[0] == name else x for x, info in zip(inputs, program.inputs)
-    )
+    return tuple(_first(x, batch) if b else x for x, b in zip(inputs, batched(program.inputs)))
 
 
 def _first(x: torch.Tensor, batch: int) -> torch.Tensor:
@@ -71,9 +67,6 @@ def leaves(program: Program, inputs: Sequence[torch.Tensor]) -> list[Any]:
 def examples(program: Program, inputs: Sequence[torch.Tensor]) -> list[tuple[torch.Tensor, ...]]:
     """One example at a time where the batch is dynamic, so that only one example's activations are held."""
     if not has_dynamic_batch(program):
-        return [take(program, inputs, 0)]
-    name = program.inputs[0].dims[0]
-    batched = [bool(i.dims) and i.dims[0] == name for i in program.inputs]
-    whole = take(program, inputs, inputs[0].shape[0]) if inputs else ()
-    count = whole[0].shape[0] if whole else 0
-    return [tuple(x[i : i + 1] if b else x for x, b in zip(whole, batched)) for i in range(count)]
+        return [tuple(inputs)]
+    count = count_examples(program.inputs, inputs)
+    return [some_examples(program.inputs, inputs, slice(i, i + 1)) for i in range(count)]

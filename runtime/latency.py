@@ -24,6 +24,7 @@ from typing import Any
 
 import numpy as np
 
+from .._version import __version__
 from ..backends.onnx.lower import lower
 from ..errors import QuantizationError
 from ..frontend.program import Program
@@ -33,10 +34,10 @@ from ..passes.pipeline import print_pipeline
 from ..passes.quantize.spec import Target
 from .benchmark import compare_on_example
 from .feed import example_tensors
-from .report.environment import installed, processor
+from .report.environment import installed, processor_kind
 from .session import Session, make_session
 
-_FORMAT = "fxpress-latency-table-1"
+_FORMAT = "fxpress-latency-table-2"  # another one where the same figures would be measured otherwise
 # Kernels that a cut-out program has at its borders and the model, within, has not.
 _BORDER = frozenset({"ReorderInput", "ReorderOutput", "QuantizeLinear", "DequantizeLinear"})
 _KERNEL = "_kernel_time"
@@ -201,15 +202,19 @@ def _faster_half(times: list[float]) -> float:
 # -- the table on disk --------------------------------------------------------------------------------------------
 
 
-def cache_folder() -> Path:
-    """Where measured latencies are kept: `$XDG_CACHE_HOME/fxpress/latency`, or under `~/.cache`."""
+def cache_folder() -> Path | None:
+    """Where measured latencies are kept: `$XDG_CACHE_HOME/fxpress/latency`, or under `~/.cache`; None for a user who
+    has no home, as in some containers."""
     base = os.environ.get("XDG_CACHE_HOME")
-    return (Path(base) if base else Path.home() / ".cache") / "fxpress" / "latency"
+    try:
+        return (Path(base) if base else Path.home() / ".cache") / "fxpress" / "latency"
+    except RuntimeError:
+        return None
 
 
 def environment_key(threads: int) -> str:
-    """What a kernel's time depends on beside the kernel."""
-    return f"onnxruntime {installed('onnxruntime')}, {processor()}, {threads} thread(s)"
+    """What a kernel's time depends on beside the kernel: how it is written and loaded goes with the version."""
+    return f"fxpress {__version__}, onnxruntime {installed('onnxruntime')}, {processor_kind()}, {threads} thread(s)"
 
 
 class LatencyTable:

@@ -6,8 +6,11 @@ lies in a folder of its own that goes away with the object.
 
 from __future__ import annotations
 
+import contextlib
+import os
 import shutil
 import tempfile
+import time
 import weakref
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,8 +20,11 @@ import onnx_ir as ir
 
 from ..backends.onnx.lower import build, lower
 from ..frontend.program import Program
+from .atomic import alive
 
 _NAME, _WEIGHTS = "model.onnx", "weights"
+_PREFIX = "fxpress-"
+_LEFT_SECONDS = 24 * 3600
 _PROTOBUF_END = 2**31
 _IN_MEMORY = 16_000_000  # bytes of weights up to which a file is not worth its while
 
@@ -80,7 +86,8 @@ class ModelFile:
 
     def _write(self, program: Program) -> bool:
         try:
-            folder = tempfile.mkdtemp(prefix="fxpress-")
+            _sweep()
+            folder = tempfile.mkdtemp(prefix=f"{_PREFIX}{os.getpid()}-")
             weakref.finalize(self, shutil.rmtree, folder, ignore_errors=True)
             self._path = Path(folder) / _NAME
             ir.save(build(program), self._path, external_data=_WEIGHTS)
@@ -90,6 +97,15 @@ class ModelFile:
 
     def _skeleton(self) -> onnx.ModelProto:
         return onnx.load(self._path, load_external_data=False)
+
+
+def _sweep() -> None:
+    """Remove what killed processes left, after a day (their numbers say little in a folder that containers share)."""
+    for left in Path(tempfile.gettempdir()).glob(f"{_PREFIX}*-*"):
+        pid = left.name.removeprefix(_PREFIX).partition("-")[0]
+        with contextlib.suppress(OSError):
+            if pid.isdecimal() and not alive(int(pid)) and time.time() - left.stat().st_mtime > _LEFT_SECONDS:
+                shutil.rmtree(left, ignore_errors=True)
 
 
 def external_data(path: Path) -> Path:

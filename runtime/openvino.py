@@ -126,18 +126,22 @@ class OpenVinoFindings:
 
 
 def judge_in_openvino(
-    program: Program, float_model: onnx.ModelProto, model: onnx.ModelProto, inputs: tuple[torch.Tensor, ...]
+    program: Program,
+    float_model: onnx.ModelProto,
+    model: onnx.ModelProto,
+    inputs: tuple[torch.Tensor, ...],
+    threads: int = 1,
 ) -> OpenVinoFindings:
     """Verify a quantized program in OpenVINO: layers fed the same integers, kernels, latency of both models."""
     import openvino
 
-    session = make_openvino_session(model)
+    session = make_openvino_session(model, threads)
     single = tuple(x.contiguous().numpy() for x in take(program, inputs, 1))
     kernels = session.kernels()
     return OpenVinoFindings(
         openvino.__version__.partition("-")[0],
         check_layers(program, inputs, make_openvino_session),
         integer_share(model, kernels),
-        compare_latency(make_openvino_session(float_model), session, single),
+        compare_latency(make_openvino_session(float_model, threads), session, single),
         tuple(kernels),
     )

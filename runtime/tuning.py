@@ -248,7 +248,7 @@ class _Search:
         self.trials = [again.get(t.placement, t) for t in self.trials]
         start = again[integer.placement]
         rivals = sorted((t for t in again.values() if t is not start), key=lambda t: -t.speed)
-        best = next((t for t in rivals if t.speed > start.speed * (1 + _WORTH)), start)
+        best = next((t for t in rivals if t.speed > start.speed * (1 + _WORTH) and t.low > start.high), start)
         if best.high < 1:
             nothing = Placement("all float", (), (), frozenset())
             best = Trial(nothing, 1.0, 1.0, 1.0, best.milliseconds * best.speed, LIMIT_DB)

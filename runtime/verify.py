@@ -16,6 +16,7 @@ import torch
 from torch import fx
 
 from ..errors import VerificationError
+from ..frontend.batch_dim import count_examples
 from ..frontend.program import Program
 from .cut import quantized_sites
 from .feed import example_tensors, has_dynamic_batch, leaves, random_inputs, take
@@ -72,7 +73,8 @@ def check_parity(
     there are too few. A program with a fixed batch is checked at its own batch only, on both.
     """
     session = model if isinstance(model, Session) else make_session(model)
-    sizes = tuple(batches) if has_dynamic_batch(program) else (int(example_tensors(program)[0].shape[0]),)
+    own = count_examples(program.inputs, example_tensors(program))
+    sizes = tuple(batches) if has_dynamic_batch(program) else (own,)
     generator = torch.Generator().manual_seed(seed)
     sites = quantized_sites(program)
     quantized = bool(sites) or any(map(is_dynamic, program.graph.nodes))

@@ -37,8 +37,9 @@ from fxpress.passes.prune.budgets.units import RENAMING, at_batch_one, constant_
 from fxpress.passes.prune.groups import find_groups
 from fxpress.passes.prune.planning import _plan, plan_pruning
 from fxpress.passes.prune.rules.table import analyze
-from fxpress.runtime.benchmark import compare_latency
-from fxpress.runtime.latency import LatencyTable, MeasuredLatencies, cache_folder, kernel_seconds
+from fxpress.runtime.benchmark import compare_latency, smallest_step
+from fxpress.runtime.latency import LatencyTable, MeasuredLatencies, cache_folder, environment_key, kernel_seconds
+from fxpress.runtime.report import environment
 from fxpress.runtime.session import make_session
 
 
@@ -192,6 +193,15 @@ def test_a_unit_built_small_is_the_unit_of_the_pruned_program(
             assert tuple(form.meta["val"].shape) == shapes[node.name], unit.name
         for node, form in zip(unit.outputs, small.output_nodes()):
             assert tuple(form.meta["val"].shape) == shapes[node.name], unit.name
+
+
+def test_dtypes_have_keys_of_their_own() -> None:
+    keys = []
+    for dtype in (torch.float32, torch.float64):
+        program = fxpress.capture(nn.Linear(16, 16).to(dtype).eval(), (torch.randn(2, 16, dtype=dtype),))
+        analysis = analyze(at_batch_one(program))
+        keys += [UnitModel(analysis, u).key for u in find_units(analysis.program)]
+    assert len(set(keys)) == 2
 
 
 def test_units_alike_share_a_key() -> None:
@@ -451,7 +461,30 @@ def test_the_cache_is_the_users(monkeypatch: pytest.MonkeyPatch, tmp_path: Path)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     assert cache_folder() == tmp_path / "fxpress" / "latency"
     monkeypatch.delenv("XDG_CACHE_HOME")
-    assert cache_folder().parts[-3:] == (".cache", "fxpress", "latency")
+    folder = cache_folder()
+    assert folder is not None
+    assert folder.parts[-3:] == (".cache", "fxpress", "latency")
+
+
+def test_a_user_without_a_home_has_no_cache(monkeypatch: pytest.MonkeyPatch) -> None:
+    def no_home() -> Path:
+        raise RuntimeError("Could not determine home directory.")
+
+    monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
+    monkeypatch.setattr(Path, "home", no_home)
+    assert cache_folder() is None
+    assert fxpress.compile(plain(8), torch.randn(2, 3, 8, 8), recipe="float").kept
+
+
+def test_processors_of_one_name_have_tables_of_their_own(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Virtual machines call processors with and without VNNI the same."""
+    keys = set()
+    for flags in ("fpu avx2", "fpu avx2 avx512_vnni", "fpu avx2 avx512_vnni"):
+        info = tmp_path / "cpuinfo"
+        info.write_text(f"processor\t: 0\nmodel name\t: Some Processor\ncpu MHz\t: {len(keys)}\nflags\t\t: {flags}\n\n")
+        monkeypatch.setattr(environment, "_CPUINFO", info)
+        keys.add(environment_key(1))
+    assert len(keys) == 2
 
 
 # -- the whole way ------------------------------------------------------------------------------------------------
@@ -498,15 +531,36 @@ class Still:
         return inputs
 
 
-@pytest.mark.parametrize(("ticks", "real"), [(0.7, True), (0.0, False)])
-def test_a_clock_that_stands_still_divides_by_nothing(ticks, real):
-    """One that now and then does not move between two looks, and one that never does: the clock on the wall then."""
-    looks = itertools.count()
+def test_a_clock_that_stands_still_divides_by_nothing():
+    """The clock on the wall then."""
+    timing = compare_latency(Still(), Still(), (np.zeros(1),), seconds=0.01, clock=lambda: 0.0)
+    assert timing.runs >= 7
+    assert 0 < timing.low <= timing.ratio <= timing.high < math.inf
+    assert timing.first_ms < 1000
+
+
+class Busy:
+    """A model that takes so many seconds."""
+
+    def __init__(self, seconds: float) -> None:
+        self.seconds = seconds
+
+    def run(self, *inputs):
+        end = time.perf_counter() + self.seconds
+        while time.perf_counter() < end:
+            pass
+        return inputs
+
+
+@pytest.mark.parametrize("tick", [0.0, 0.004, 0.01])
+def test_a_clock_of_coarse_ticks_hides_no_difference(tick):
+    """Of 1.2 and 0.4 ms a clock with steps of 4 ms sees 0 or 4 ms."""
 
     def clock() -> float:
-        return float(int(next(looks) * ticks))
+        now = time.perf_counter()
+        return now if not tick else now // tick * tick
 
-    timing = compare_latency(Still(), Still(), (np.zeros(1),), seconds=0.01, clock=clock)
-    assert timing.runs >= 11
-    assert 0 < timing.low <= timing.ratio <= timing.high < math.inf
-    assert (timing.first_ms >= 1000) == real
+    assert smallest_step(clock) < 1e-4 if not tick else smallest_step(clock) == pytest.approx(tick)
+    timing = compare_latency(Busy(0.0012), Busy(0.0004), (np.zeros(1),), seconds=0.3, clock=clock)
+    assert 2 < timing.ratio < 4
+    assert timing.low > 2

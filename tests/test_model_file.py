@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import gc
+import os
+import time
 
 import onnx
 import pytest
@@ -51,6 +53,18 @@ def test_the_file_goes_away_with_the_object(monkeypatch):
     del waiting
     gc.collect()
     assert not folder.exists()
+
+
+def test_what_a_killed_process_left_goes_after_a_day(monkeypatch, tmp_path):
+    monkeypatch.setattr(model_file, "_IN_MEMORY", 0)
+    monkeypatch.setattr(model_file.tempfile, "tempdir", str(tmp_path))
+    monkeypatch.setattr(model_file, "alive", lambda pid: pid == 17)
+    for name, days in (("fxpress-16-old", 2), ("fxpress-16-new", 0), ("fxpress-17-alive", 2), ("fxpress-mine", 2)):
+        (tmp_path / name).mkdir()
+        os.utime(tmp_path / name, (time.time() - 86400 * days - 1,) * 2)
+    waiting = ModelFile(fxpress.capture(Net().eval(), torch.randn(2, 3, 8, 8)))
+    own = waiting.source.parent.name
+    assert {p.name for p in tmp_path.iterdir()} == {"fxpress-16-new", "fxpress-17-alive", "fxpress-mine", own}
 
 
 def test_where_no_file_can_be_written_the_model_stays_in_memory(monkeypatch):

@@ -169,6 +169,8 @@ def test_signatures_tell_what_is_computed_not_by_whom():
     assert signature(first) == signature(second)
     others = [part_of(nn.Conv2d(8, 8, 3), 10), part_of(nn.Conv2d(8, 8, 3, padding=1), 8), part_of(nn.Conv2d(8, 8, 1), 8)]
     assert len({signature(m) for m in (first, *others)}) == 4
+    sizes = [part_of(nn.UpsamplingNearest2d(scale_factor=f), 8) for f in (2, 2, 4)]
+    assert signature(sizes[0]) == signature(sizes[1]) != signature(sizes[2])
 
 
 def test_conversions_within_a_network_pay_for_layouts_too():
@@ -343,6 +345,7 @@ def clock(monkeypatch, program, imagined, tmp_path):
         left = list(speeds)
         times = {named(program, "depthwise"): (1e-6, slow), named(program, "expand"): (40e-6, 2e-6)}
         imagined(times, times)
+        monkeypatch.setattr(placing, "_SESSIONS", 1)
         monkeypatch.setattr(placing, "compare_on_example", lambda *_, **__: timing(left.pop(0) if len(left) > 1 else left[0]))
 
     return set_speeds
@@ -437,6 +440,26 @@ def test_allow_slower_keeps_the_model_and_promises_nothing(clock):
     assert report["pipeline"].endswith("quantize")
     assert report["speedup"] == 0.5
     assert not any(p["name"] == "not-slower" for p in report["promises"])
+
+
+@pytest.mark.parametrize(("ratios", "slower"), [((0.97, 1.02, 1.01), False), ((0.97, 1.02, 0.96), True), ((1.02,), False)])
+def test_one_unlucky_session_is_no_reason(monkeypatch, ratios, slower):
+    """Fresh sessions are asked where the first seems slower."""
+    left = list(ratios)
+    monkeypatch.setattr(placing, "compare_on_example", lambda *_: timing(left.pop(0)))
+    program = fxpress.capture(nn.Linear(4, 4), torch.randn(2, 4))
+    assert placing.lower_and_time(program, program, program, 1).slower == slower
+    assert not left
+
+
+@pytest.mark.parametrize(("times", "moves"), [((10e-6, 10.5e-6), False), ((10e-6, 40e-6), True)])
+def test_a_placement_must_win_by_more_than_sessions_scatter(program, imagined, monkeypatch, times, moves):
+    slow = named(program, "depthwise")
+    known = {slow: times, named(program, "expand"): (9e-6, 2e-6)}
+    imagined(known, known)
+    scatter = lambda bench, trial: dataclasses.replace(trial, low=trial.speed * 0.95, high=trial.speed * 1.05)  # noqa: E731
+    monkeypatch.setattr(TrialBench, "again", scatter)
+    assert (slow not in search(program).best.placement.integers) == moves
 
 
 def test_noise_and_trifles_are_no_reason():

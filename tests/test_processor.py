@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import base64
+import zlib
+
 import numpy as np
+import onnx
 import onnxruntime
 import pytest
 import torch
+from onnx import TensorProto, helper, numpy_helper
 from torch import nn
 
 import fxpress
@@ -99,6 +104,26 @@ def test_no_two_weights_share_a_zero_point(loud):
     assert len(weights) == len(set(weights)) == 3
 
 
+def test_the_probe_is_the_model_it_says():
+    """All weights 127: an input of 255s gives 200 steps where sums are exact."""
+    constants = {
+        "one": np.array(1, np.float32),
+        "none": np.array(0, np.uint8),
+        "w": np.full((64, 16), 127, np.int8),
+        "w_none": np.array(0, np.int8),
+        "scale": np.array(64 * 255 * 127 / 200, np.float32),
+    }
+    graph = helper.make_graph(
+        [helper.make_node("QLinearMatMul", ["x", "one", "none", "w", "one", "w_none", "scale", "none"], ["y"])],
+        "product",
+        [helper.make_tensor_value_info("x", TensorProto.UINT8, [1, 64])],
+        [helper.make_tensor_value_info("y", TensorProto.UINT8, [1, 16])],
+        [numpy_helper.from_array(v, k) for k, v in constants.items()],
+    )
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 21)], ir_version=10)
+    assert onnx.load_from_string(zlib.decompress(base64.b64decode(processor._PRODUCT))) == model
+
+
 @pytest.mark.parametrize(("saturating", "name"), [(True, "ort-x86-avx2"), (False, "ort-x86")])
 def test_the_native_target(monkeypatch, saturating, name):
     monkeypatch.setattr(processor, "saturates", lambda: saturating)
@@ -125,6 +150,14 @@ def test_a_report_says_where_the_processor_is_another(monkeypatch, loud, saturat
     assert ("not-slower" in promises) != saturating
     for target in ("ort-x86-avx2", "ort-arm"):
         assert placing.without_vnni(load_target(target)) == ""
+
+
+@pytest.mark.parametrize(("machine", "here"), [("x86_64", "ort-x86"), ("AMD64", "ort-x86"), ("aarch64", "ort-arm"), ("arm64", "ort-arm")])
+def test_speed_is_judged_on_the_processor_that_a_target_is_for(monkeypatch, machine, here):
+    monkeypatch.setattr(processor.platform, "machine", lambda: machine)
+    monkeypatch.setattr(placing, "saturates", lambda: False)
+    judged = {name for name in target_names() if placing.runs_here(load_target(name))}
+    assert judged == ({here} if here == "ort-arm" else {here, "ort-x86-avx2"})
 
 
 def test_tuning_for_another_processor_is_refused(monkeypatch, loud):

@@ -18,10 +18,10 @@ import torch
 from torch.utils.data import DataLoader, Dataset
 
 from ..errors import DataError, OptionError
-from ..frontend.batches import Batches, as_batches, examples_in, read
+from ..frontend.batch_dim import batched, count_examples, some_examples
+from ..frontend.batches import Batches, as_batches, read
 from ..frontend.data import Data
 from ..frontend.program import Program
-from ..runtime.feed import has_dynamic_batch
 from .seeding import generator_for, seed_all, seed_for
 
 Inputs = tuple[torch.Tensor, ...]
@@ -153,15 +153,15 @@ class Streamed:
             yield from self._shared(number, skip, part)
 
     def _shared(self, number: int, skip: int, part: Part) -> Iterator[Slot]:
+        infos = self.data.program.inputs
         for index, (inputs, labels) in enumerate(self._seeded(number)):
             if index < skip:
                 continue
-            size = examples_in(inputs)
+            size = count_examples(infos, inputs)
             mine = range(size)[part.of(size)]
             _require_some(len(mine), size, part)
             rows = slice(mine.start, mine.stop)
-            own = tuple(t[rows] if t.ndim and len(t) == size else t for t in inputs)
-            yield Slot(own, labels[rows], len(mine) * part.count / size, size)
+            yield Slot(some_examples(infos, inputs, rows), labels[rows], len(mine) * part.count / size, size)
 
     @contextmanager
     def _own_generators(self, epoch: int) -> Iterator[None]:
@@ -214,7 +214,7 @@ def as_examples(
     whole = _one_set(program, data, labelled)
     batches = as_batches(program, whole or data)
     finite = isinstance(batches.source(), (list, tuple)) or (isinstance(data, Data) and data.count is not None)
-    held = hold(batches, batch_size, seed, labelled) if finite and has_dynamic_batch(program) else None
+    held = hold(batches, batch_size, seed, labelled) if finite and all(batched(program.inputs)) else None
     return held or Streamed(batches, seed, labelled, data if isinstance(data, DataLoader) else None)
 
 

@@ -8,6 +8,7 @@ dequantized within it: the part reads the integers.
 from __future__ import annotations
 
 import hashlib
+import math
 from collections.abc import Collection, Iterable
 from functools import cached_property
 
@@ -17,6 +18,8 @@ from onnx import TensorProto
 
 NODE = "fxpress.node"  # the metadata of an ONNX node that names the node of the program
 _SMALL = 128  # bytes: shapes and axes
+_FEW = 4  # float numbers: factors of a Resize, an exponent, the bounds of a Clip
+_CONVERSIONS = frozenset({"QuantizeLinear", "DequantizeLinear"})
 _LARGE = 4096  # bytes: initializers above are not needed to infer shapes
 
 
@@ -101,21 +104,22 @@ class Parts:
 
 def signature(model: onnx.ModelProto) -> str:
     """A text that is equal for models which the runtime computes alike: ops, attributes, shapes, small constants, but
-    neither names nor weights."""
+    neither names nor weights nor scales."""
     numbers: dict[str, int] = {}
+    scales = {n.input[1] for n in model.graph.node if n.op_type in _CONVERSIONS}
     lines = [f"{list(_dims(v))}:{v.type.tensor_type.elem_type}" for v in model.graph.input]
     for value in model.graph.input:
         numbers[value.name] = len(numbers)
     for tensor in sorted(model.graph.initializer, key=lambda t: _first_use(model, t.name)):
         numbers[tensor.name] = len(numbers)
-        lines.append(f"{list(tensor.dims)}:{tensor.data_type}:{_content(tensor)}")
+        lines.append(f"{list(tensor.dims)}:{tensor.data_type}:{'' if tensor.name in scales else _content(tensor)}")
     for node in model.graph.node:
         reads = [numbers.get(i, -1) for i in node.input]
         attributes = sorted(onnx.helper.printable_attribute(a) for a in node.attribute)
         lines.append(f"{node.domain}.{node.op_type}{reads}{attributes}")
         for name in node.output:
             numbers[name] = len(numbers)
-    lines.append(str([numbers[o.name] for o in model.graph.output]))
+    lines.append(str([(numbers[o.name], list(_dims(o))) for o in model.graph.output]))
     return hashlib.sha256("\n".join(lines).encode()).hexdigest()
 
 
@@ -125,9 +129,11 @@ def _first_use(model: onnx.ModelProto, name: str) -> tuple[int, int]:
 
 
 def _content(tensor: TensorProto) -> str:
-    """Shapes and axes, and which zero points are the smallest number (a Relu before one vanishes); other values have
-    no part in the choice of a kernel."""
+    """Shapes, axes, factors and exponents, and which zero points are the smallest number (a Relu before one vanishes);
+    weights have no part in the choice of a kernel."""
     if tensor.data_type == TensorProto.INT64 and tensor.ByteSize() <= _SMALL:
+        return str(onnx.numpy_helper.to_array(tensor).ravel().tolist())
+    if tensor.data_type == TensorProto.FLOAT and math.prod(tensor.dims) <= _FEW:
         return str(onnx.numpy_helper.to_array(tensor).ravel().tolist())
     if tensor.data_type in (TensorProto.UINT8, TensorProto.INT8) and not tensor.dims:
         value = onnx.numpy_helper.to_array(tensor)

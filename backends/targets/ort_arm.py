@@ -29,6 +29,7 @@ def _signed(row: Row) -> Row:
 TARGET: Target = dataclasses.replace(
     X86,
     name="ort-arm",
+    processor="arm",
     summary="ONNX Runtime, CPU, 64-bit ARM: int8 affine activations, int8 weights per channel",
     activation=NumberFormat(torch.int8),
     rows=tuple(map(_signed, X86.rows)),

@@ -15,10 +15,11 @@ import torch
 from torch import fx
 
 from ...errors import DataError, QuantizationError
+from ...frontend.batch_dim import batched, count_examples
 from ...frontend.operators import declare_operators
 from ...frontend.program import Program, layer_name
 from ..base import Context
-from ..rewrite import call_after
+from ..rewrite import call_after, is_op
 from .annotate import annotation, upper_bound
 from .conditions import rescaling
 from .ranges.channels import RangeChoice
@@ -193,23 +194,40 @@ def _observe_batches(
     program: Program, runner: Runner, batches: Iterable[tuple[torch.Tensor, ...]], context: Context
 ) -> int:
     """Show all batches to the observers. Returns the number of samples."""
-    sites, count = sites_of(program), 0
+    sites, count, inner = sites_of(program), 0, _inner_batch(program)
     for batch in batches:
         for part in in_parts(program, batch):
-            samples = int(part[0].shape[0]) if part[0].ndim else 1
-            runner.run_batch(part, functools.partial(_show, sites, samples))
+            samples = count_examples(program.inputs, part)
+            runner.run_batch(part, functools.partial(_show, sites, samples, inner))
             count += samples
         if context.progress:
             context.progress("calibrate", count, None)
     return count
 
 
-def _show(sites: Sites, samples: int, key: int, value: torch.Tensor) -> torch.Tensor:
-    """Let the observer of a site see its value."""
+def _inner_batch(program: Program) -> dict[int, int]:
+    """The dims of the batch, by site, where that is not the first: tokens of [tokens, batch, features], say."""
+    whose = batched(program.inputs)
+    if not any(whose):
+        return {}
+    batch = program.tensor_placeholders()[whose.index(True)].meta["val"].shape[0]
+    found = {}
+    for node in program.graph.nodes:
+        if is_op(node, torch.ops.fxpress.observe.default):
+            sizes = node.args[0].meta["val"].shape
+            dims = [i for i, size in enumerate(sizes) if str(size) == str(batch)]
+            if len(dims) == 1 and isinstance(sizes[0], int):
+                found[node.args[1]] = dims[0]
+    return found
+
+
+def _show(sites: Sites, samples: int, inner: dict[int, int], key: int, value: torch.Tensor) -> torch.Tensor:
+    """Let the observer of a site see its value, examples first."""
     site = sites.by_key[key]
     if site.observer is not None:
+        seen = value.movedim(inner[key], 0) if key in inner else value
         try:
-            site.observer.observe(value, samples)
+            site.observer.observe(seen, samples)
         except QuantizationError as error:
             raise QuantizationError(f"{site.layer}: {error.message}", hint=error.hint) from error
     return value

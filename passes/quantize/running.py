@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import fx
 
+from ...frontend.batch_dim import batch_name, count_examples, some_examples
 from ...frontend.program import Program
 from ..memory import return_memory
 from ..rewrite import argument, aten, constant, is_constant, is_op
@@ -63,13 +64,12 @@ class Runner(fx.Interpreter):
 def in_parts(program: Program, batch: tuple[torch.Tensor, ...]) -> Iterator[tuple[torch.Tensor, ...]]:
     """A batch in parts whose largest activation is about 2^22 values, so that memory does not depend on how the data
     were batched. A program with a fixed batch gets what it was given."""
-    dims = [i.dims[0] if i.dims else None for i in program.inputs]
-    if not batch or not isinstance(dims[0], str) or any(d != dims[0] for d in dims):
+    if batch_name(program.inputs) is None:
         yield batch
         return
     size = max(1, _VALUES // max(_largest_per_sample(program), 1))
-    for start in range(0, int(batch[0].shape[0]), size):
-        yield tuple(x[start : start + size] for x in batch)
+    for start in range(0, count_examples(program.inputs, batch), size):
+        yield some_examples(program.inputs, batch, slice(start, start + size))
 
 
 def _largest_per_sample(program: Program) -> int:

@@ -176,9 +176,9 @@ class Target:
     `deep_masks`: the runtime is slow with denormal numbers, which masks of attention may make (see `masks`).
     `bias` None: biases stay float. `round_to` is the channel count multiple that its kernels like (pruning halves it
     for narrow layers).
-    `runtime` is what models are verified in beside ONNX Runtime: in OpenVINO, or (None) in nothing, so that only the
-    form of the file is checked. `run` says for people where models were run; `session` are entries of ONNX Runtime's
-    session options with which it rewrites graphs here as it does there.
+    `processor` is the family that it is for. `runtime` is what models are verified in beside ONNX Runtime: in OpenVINO,
+    or (None) in nothing, so that only the form of the file is checked. `run` says for people where models were run;
+    `session` are entries of ONNX Runtime's session options with which it rewrites graphs here as it does there.
     """
 
     name: str
@@ -194,6 +194,7 @@ class Target:
     stem_blocks: bool = False
     deep_masks: bool = False
     round_to: int = 1
+    processor: Literal["x86", "arm"] = "x86"
     runtime: Runtime = "onnxruntime"
     run: str = "ONNX Runtime, here"
     session: tuple[tuple[str, str], ...] = ()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import platform
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -38,3 +39,14 @@ def processor() -> str:
             if line.startswith("model name"):
                 return line.partition(":")[2].strip()
     return platform.processor() or platform.machine()
+
+
+def processor_kind() -> str:
+    """The processor's name and a digest of what it can do: virtual machines give processors of several generations one
+    name, and ARM gives none."""
+    kinds = ("flags", "Features", "model", "stepping", "CPU implementer", "CPU part", "CPU variant")
+    lines: list[str] = []
+    with contextlib.suppress(OSError):
+        first = _CPUINFO.read_text().partition("\n\n")[0]
+        lines = [line for line in first.splitlines() if line.partition(":")[0].strip() in kinds]
+    return f"{processor()} ({hashlib.sha256(repr(lines).encode()).hexdigest()[:8]})"

@@ -93,10 +93,11 @@ class UnitModel:
 
     @cached_property
     def key(self) -> str:
-        """All that the unit's time depends on, but for the counts: ops, arguments, shapes."""
+        """All that the unit's time depends on, but for the counts: ops, arguments, shapes, dtypes."""
         number = {n: f"%{i}" for i, n in enumerate(self.program.graph.nodes)}
         text = [f"{n.op if n.op != 'call_function' else n.target}{_arguments(n, number)}" for n in number]
-        shapes = [f"{tuple(n.meta['val'].shape)}" for n in number if isinstance(n.meta.get("val"), torch.Tensor)]
+        values = [v for n in number if isinstance(v := n.meta.get("val"), torch.Tensor)]
+        shapes = [f"{v.dtype}{tuple(v.shape)}" for v in values]
         pinned = [f"{s.literals.tolist()[:1]}x{len(s.literals)}" for s in self.sizes]
         return f"{';'.join(text)} {','.join(shapes)} {pinned}"
 

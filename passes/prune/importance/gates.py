@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch import fx
 
-from ....frontend.batches import examples_in
+from ....frontend.batch_dim import count_examples
 from ....frontend.cost import op_name
 from ....frontend.program import Program
 from ...rewrite import argument_names, aten
@@ -175,7 +175,7 @@ class GateRun(fx.Interpreter):
 
 def example_count(program: Program, batch: tuple[torch.Tensor, ...]) -> int:
     """The number of examples; where the batch is fixed, a whole batch counts as one."""
-    return 1 if batch_symbol(program) is None else examples_in(batch)
+    return 1 if batch_symbol(program) is None else count_examples(program.inputs, batch)
 
 
 def all_pieces(
@@ -187,11 +187,11 @@ def all_pieces(
     """
     size = 1 if any(g.batch is None for g in gates) else _PIECE
     for batch in batches:
-        yield from _pieces(batch, size) if batch_symbol(program) is not None else [batch]
+        yield from _pieces(program, batch, size) if batch_symbol(program) is not None else [batch]
 
 
-def _pieces(batch: tuple[Any, ...], size: int) -> Iterator[tuple[Any, ...]]:
-    count = examples_in(tuple(t for t in batch if isinstance(t, torch.Tensor)))
+def _pieces(program: Program, batch: tuple[Any, ...], size: int) -> Iterator[tuple[Any, ...]]:
+    count = count_examples(program.inputs, tuple(t for t in batch if isinstance(t, torch.Tensor)))
     for start in range(0, count, size):
         yield tuple(t[start : start + size] if _runs_along(t, count) else t for t in batch)
 

@@ -20,7 +20,7 @@ from torch import fx
 from torch.utils import _pytree as pytree
 
 from ....errors import DataError, OptionError, PruningError
-from ....frontend.batches import examples_in
+from ....frontend.batch_dim import count_examples
 from ....frontend.cost import op_name
 from ....frontend.program import Program, get_attribute
 from ...rewrite import argument
@@ -65,7 +65,7 @@ def _mean_over_examples(
     model, measure = _evaluating(program), _at_outputs if importance == "output" else _at_sums
     totals, count = torch.zeros(len(blocks), dtype=torch.float64), 0
     for batch in data:
-        examples = examples_in(batch)
+        examples = count_examples(program.inputs, batch)
         totals += measure(model, blocks, batch, importance) * examples
         count += examples
     if not count:
@@ -97,7 +97,7 @@ def _added(x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
 
 def _at_outputs(program: Program, blocks: Sequence[Block], batch: Batch, importance: str) -> torch.Tensor:
     """For each block the change of the outputs without it, the mean over the batch."""
-    examples = examples_in(batch)
+    examples = count_examples(program.inputs, batch)
     expected = [_by_example(y, examples) for y in _Run(program).outputs(batch)]
     scale = torch.stack([y.square().sum(1).expand(examples) for y in expected]).sum(0).clamp_min(1e-30)
     means = []
@@ -137,7 +137,7 @@ class _Run(fx.Interpreter):
         tensors = iter(batch)
         leaves = [next(tensors) if isinstance(x, torch.Tensor) else x for x in self._program.example_inputs]
         with torch.no_grad():
-            self._examples = examples_in(batch)
+            self._examples = count_examples(self._program.inputs, batch)
             result = self.run(*leaves, enable_io_processing=False)
         given: list[Any] = pytree.tree_leaves(result)
         return [y for y in given if isinstance(y, torch.Tensor) and y.is_floating_point()]

@@ -19,6 +19,7 @@ from math import sqrt
 import torch
 from torch import fx
 
+from ....frontend.batch_dim import batch_name, count_examples, some_examples
 from ....frontend.program import Program, get_attribute, layer_name
 from ...rewrite import argument, is_constant
 from .least_squares import Correction, Moments, solve
@@ -234,26 +235,14 @@ def divided(program: Program, batches: Iterable[Batch]) -> Iterator[tuple[Batch,
     """
     start = 0
     for number, batch in enumerate(batches):
-        index = torch.arange(start, start + _examples(program, batch))
+        fixed = batch_name(program.inputs) is None
+        index = torch.arange(start, start + (1 if fixed else count_examples(program.inputs, batch)))
         start += len(index)
         for held in (False, True):
             part = (index % HELD_OUT == HELD_OUT - 1) == held
-            if not _has_dynamic_batch(program):
+            if fixed:
                 part = torch.tensor([(number % HELD_OUT == HELD_OUT - 1) == held])
             if part.all():
                 yield batch, held
             elif part.any():
-                yield _take(program, batch, part), held
-
-
-def _has_dynamic_batch(program: Program) -> bool:
-    return bool(program.inputs[0].dims) and isinstance(program.inputs[0].dims[0], str)
-
-
-def _examples(program: Program, batch: Batch) -> int:
-    return int(batch[0].shape[0]) if _has_dynamic_batch(program) else 1
-
-
-def _take(program: Program, batch: Batch, part: torch.Tensor) -> Batch:
-    name = program.inputs[0].dims[0]
-    return tuple(x[part] if i.dims and i.dims[0] == name else x for x, i in zip(batch, program.inputs))
+                yield some_examples(program.inputs, batch, part), held

@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterable, Iterator
 import torch
 from torch.nn import functional as F
 
+from ....frontend.batch_dim import batched
 from ....frontend.program import Program
 
 Batch = tuple[torch.Tensor, ...]
@@ -23,9 +24,7 @@ def shuffled(
 
     A program whose batch is fixed gets its batches as they are.
     """
-    if not all(i.dims and i.dims[0] == program.inputs[0].dims[0] for i in program.inputs) or isinstance(
-        program.inputs[0].dims[0], int
-    ):
+    if not all(batched(program.inputs)):
         yield from batches
         return
     held: list[Batch] = []

@@ -9,6 +9,7 @@ import torch
 from torch import fx
 
 from ....errors import OptionError
+from ....frontend.batch_dim import batched
 from ....frontend.program import Program
 from ...base import INTERFACE, Change, Context, Pass, register_pass
 from ...prune.recovery.partial_run import PartialRun
@@ -271,7 +272,7 @@ def _reads_blocks(node: fx.Node) -> bool:
 
 def _chunked(program: Program, batches: list[Batch]) -> list[Batch]:
     """The samples in chunks for one step each; batches as they are where the program's batch is fixed."""
-    if not all(i.dims and isinstance(i.dims[0], str) for i in program.inputs):
+    if not all(batched(program.inputs)):
         return batches
     whole = tuple(torch.cat(parts) for parts in zip(*batches))
     return list(zip(*(x.split(_CHUNK) for x in whole)))

@@ -8,12 +8,14 @@ A pass on a float program is judged by quantizing it, with and without the chang
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
 import torch
 
 from ....errors import DataError, QuantizationError
+from ....frontend.batch_dim import batch_name, count_examples, some_examples
 from ....frontend.program import Program
 from ...base import Context
 from ..passes import Quantize
@@ -55,9 +57,9 @@ def split_samples(program: Program, calibration: Iterable[Batch] | None, fit: in
     Raises DataError where there are no data.
     """
     fitted, judged = _Taken(fit), _Taken(judge)
-    parts = _sample_parts if _has_dynamic_batch(program) else _batch_parts
+    parts = _batch_parts if batch_name(program.inputs) is None else functools.partial(_sample_parts, program)
     for to_judge, part in parts(calibration or ()):
-        (judged if to_judge else fitted).take(part)
+        (judged if to_judge else fitted).take(part, count_examples(program.inputs, part))
         if fitted.full and judged.full:
             break
     if not fitted.batches and not judged.batches:
@@ -77,26 +79,22 @@ class _Taken:
     def full(self) -> bool:
         return self.count >= self.wanted
 
-    def take(self, batch: Batch) -> None:
-        size = int(batch[0].shape[0]) if batch[0].ndim else 1
+    def take(self, batch: Batch, size: int) -> None:
         if self.full or not size:
             return
         self.batches.append(batch)
         self.count += size
 
 
-def _has_dynamic_batch(program: Program) -> bool:
-    return all(i.dims and isinstance(i.dims[0], str) for i in program.inputs)
-
-
-def _sample_parts(calibration: Iterable[Batch]) -> Iterator[tuple[bool, Batch]]:
+def _sample_parts(program: Program, calibration: Iterable[Batch]) -> Iterator[tuple[bool, Batch]]:
     seen = 0
     for batch in calibration:
-        judged = (torch.arange(len(batch[0])) + seen) % _EVERY == _EVERY - 1
-        seen += len(batch[0])
+        count = count_examples(program.inputs, batch)
+        judged = (torch.arange(count) + seen) % _EVERY == _EVERY - 1
+        seen += count
         for to_judge, mask in ((False, ~judged), (True, judged)):
             if mask.any():
-                yield to_judge, tuple(x[mask.to(x.device)] for x in batch)
+                yield to_judge, some_examples(program.inputs, batch, mask)
 
 
 def _batch_parts(calibration: Iterable[Batch]) -> Iterator[tuple[bool, Batch]]:

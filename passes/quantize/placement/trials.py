@@ -17,6 +17,7 @@ import torch
 from torch import fx
 
 from ....errors import OptionError, QuantizationError
+from ....frontend.batch_dim import batch_name, count_examples, some_examples
 from ....frontend.cost import MACS, cost_table, op_name
 from ....frontend.program import Program, layer_name
 from ...base import Change, Context, Pass
@@ -206,12 +207,12 @@ class Trials:
     def samples(self, count: int = _MOST_SAMPLES) -> list[tuple[torch.Tensor, ...]]:
         """The first calibration samples as flat batches of one, or the first batch where its size is fixed."""
         assert self.context.calibration is not None
-        cut = all(i.dims and isinstance(i.dims[0], str) for i in self.floating.inputs)
+        infos = self.floating.inputs
         found: list[tuple[torch.Tensor, ...]] = []
         for batch in self.context.calibration:
-            if not cut:
+            if batch_name(infos) is None:
                 return [batch]
-            found += zip(*(x.split(1) for x in batch))
+            found += [some_examples(infos, batch, slice(i, i + 1)) for i in range(count_examples(infos, batch))]
             if len(found) >= count:
                 break
         return found[:count]

@@ -18,6 +18,7 @@ import torch
 from torch import fx
 from torch.utils import _pytree as pytree
 
+from ....frontend.batch_dim import count_examples, some_examples
 from ....frontend.cost import count_macs
 from ....frontend.program import Program
 from ....frontend.sqnr import Sqnr
@@ -123,15 +124,10 @@ def _first_samples(
     wanted = min(_MOST_SAMPLES, max(_LEAST_SAMPLES, int(_WORK / max(count_macs(program), 1))))
     for batch in calibration:
         for part in in_parts(program, batch):
-            count = int(part[0].shape[0]) if part[0].ndim else 1
-            yield tuple(x[:wanted] for x in part) if _can_cut(program) else part
-            wanted -= count
+            yield some_examples(program.inputs, part, slice(wanted))
+            wanted -= count_examples(program.inputs, part)
             if wanted <= 0:
                 return
-
-
-def _can_cut(program: Program) -> bool:
-    return all(i.dims and isinstance(i.dims[0], str) for i in program.inputs)
 
 
 # -- the measure ---------------------------------------------------------------------------------------------------
