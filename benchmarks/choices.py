@@ -1,10 +1,12 @@
-"""The measurements behind four choices in the code: how pools, stems and tokens are written, and how ranges are chosen.
+"""The measurements behind five choices in the code: how pools, stems, tokens and masks are written, and how ranges are
+chosen.
 
-    taskset -c 0 python benchmarks/choices.py pools stems tokens ranges
+    taskset -c 0 python benchmarks/choices.py pools stems tokens masks ranges
 
 pools   an average pool between 8-bit tensors: ONNX Runtime's integer pool, its float pool, a depthwise convolution
 stems   whole networks with the first convolution as it is, and over 2x2 blocks of pixels
 tokens  networks of linear layers on tokens, which are written as matrices: speed over float and SQNR
+masks   attention of 12 heads over 128 tokens, masked as the graph has it and without denormal numbers
 ranges  SQNR of the outputs under each range rule, on samples that took no part in calibration and in no judging
 """
 
@@ -20,7 +22,8 @@ import torch
 from int8_accuracy import DATA, collect
 from models import cifar_resnet20, cifar_resnet32
 from onnx import TensorProto, helper, numpy_helper
-from peers import interleaved
+from peers import Feed, interleaved
+from torch import nn
 
 import fxpress
 from fxpress.backends.onnx.lower import lower
@@ -37,7 +40,7 @@ TARGET = load_target("ort-x86")
 PREPARE = "cleanup,canonicalize,fuse-batchnorm"
 
 
-def medians(models: dict[str, onnx.ModelProto], x: np.ndarray, rounds: int = 60) -> dict[str, float]:
+def medians(models: dict[str, onnx.ModelProto], x: np.ndarray | Feed, rounds: int = 60) -> dict[str, float]:
     """Median milliseconds of each model."""
     return {name: statistics.median(t) for name, t in interleaved(models, x, rounds, trials=4).items()}
 
@@ -96,8 +99,40 @@ def stems() -> None:
         )
 
 
-def int8(program: Program, target: Target, data: list[tuple[torch.Tensor]]) -> onnx.ModelProto:
+def int8(program: Program, target: Target, data: list[tuple[torch.Tensor, ...]]) -> onnx.ModelProto:
     return lower(PassManager("quantize{ranges=minmax}").run(program, Context(target=target, calibration=data)))
+
+
+# -- masks --------------------------------------------------------------------------------------------------------
+
+
+class Masked(nn.Module):
+    """One layer of attention, causal or with hidden tokens: bool[n, tokens]."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.qkv, self.out = nn.Linear(768, 2304), nn.Linear(768, 768)
+
+    def forward(self, x: torch.Tensor, seen: torch.Tensor | None = None) -> torch.Tensor:
+        """[n, 128, 768] -> [n, 128, 768]."""
+        q, k, v = self.qkv(x).reshape(-1, 128, 3, 12, 64).permute(2, 0, 3, 1, 4)
+        mask = None if seen is None else seen[:, None, None]
+        mixed = nn.functional.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None)
+        return self.out(mixed.transpose(1, 2).flatten(2))
+
+
+def masks() -> None:
+    x, seen = torch.randn(2, 128, 768), torch.arange(128).expand(2, 128) < 64
+    for name, inputs in (("causal", (x,)), ("half of the tokens hidden", (x, seen))):
+        floating = run_passes(fxpress.capture(Masked(), inputs), PREPARE)
+        plain = dataclasses.replace(TARGET, shields_masks=False)
+        models = {
+            "float": lower(floating),
+            "as it is": int8(floating, plain, [inputs]),
+            "shielded": int8(floating, TARGET, [inputs]),
+        }
+        feed = dict(zip([i.name for i in floating.inputs], (t[:1].numpy() for t in inputs)))
+        print(f"attention, {name}:", ", ".join(f"{k} {v:.2f} ms" for k, v in medians(models, feed).items()))
 
 
 # -- tokens -------------------------------------------------------------------------------------------------------
@@ -143,7 +178,7 @@ def compare_ranges(title: str, module: torch.nn.Module, calibration: np.ndarray,
             print(f"{title}: ranges {rule}, weights {weights}: {sqnr:.1f} dB on {len(x)} held-out samples", flush=True)
 
 
-CHOICES = {"pools": pools, "stems": stems, "tokens": tokens, "ranges": ranges}
+CHOICES = {"pools": pools, "stems": stems, "masks": masks, "tokens": tokens, "ranges": ranges}
 
 
 def main() -> None:

@@ -10,7 +10,7 @@ from torch import fx
 
 from ..frontend.program import Program
 from .base import INTERFACE, VALUES, Change, Context, Pass, register_pass
-from .rewrite import argument, aten, constant, erase_dead, put_constant, replace
+from .rewrite import argument, aten, constant, erase_dead, find, is_constant, put_constant, replace, set_argument
 
 _DROPOUTS = {
     aten.dropout.default,
@@ -39,6 +39,7 @@ class Cleanup(Pass):
     3. `contiguous`, `clone`, a cast to the same dtype, `x + 0`, `x * 1` and a reshape to the same shape are identities.
     4. A node whose inputs are all constants is computed now. Its result is kept only up to `max_fold_mb`, so that a
        small recipe (`zeros`, `arange`, `expand`) is not replaced by a large table.
+    5. A mask of attention that hides nothing goes: models make one where the caller gives none.
     """
 
     name = "cleanup"
@@ -52,9 +53,10 @@ class Cleanup(Pass):
         before = len(program.graph.nodes)
         folded = fold_constants(program, self.max_fold_mb)
         identities = drop_identities(program)
+        masks = drop_masks(program)
         erase_dead(program)
         removed = before - len(program.graph.nodes)
-        return Change(folded + identities, [f"{removed} nodes fewer"] if removed > 0 else [])
+        return Change(folded + identities + masks, [f"{removed} nodes fewer"] if removed > 0 else [])
 
 
 def drop_identities(program: Program) -> int:
@@ -92,6 +94,27 @@ def _same_form(node: fx.Node) -> bool:
     if not isinstance(value, torch.Tensor) or not isinstance(after, torch.Tensor):
         return False
     return value.dtype == after.dtype and str(tuple(value.shape)) == str(tuple(after.shape))
+
+
+def drop_masks(program: Program) -> int:
+    """Rule 5."""
+    dropped = 0
+    for node in find(program, aten.scaled_dot_product_attention.default):
+        mask = argument(node, "attn_mask")
+        while isinstance(mask, fx.Node) and mask.target in _SAME_VALUES:
+            mask = mask.args[0]
+        known = constant(program, mask) if is_constant(mask) else None
+        if known is not None and bool(known.all() if known.dtype is torch.bool else (known == 0).all()):
+            set_argument(node, "attn_mask", None)
+            dropped += 1
+    return dropped
+
+
+# The values of their first argument, in another shape.
+_SAME_VALUES = {
+    *(aten.expand.default, aten.view.default, aten.reshape.default, aten.unsqueeze.default, aten.squeeze.dim),
+    *(aten.slice.Tensor, aten.permute.default, aten.transpose.int),
+}
 
 
 def fold_constants(program: Program, max_mb: float) -> int:

@@ -6,7 +6,6 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
-from onnx import numpy_helper
 from torch import nn
 
 import fxpress
@@ -304,34 +303,6 @@ def test_convolutions_that_are_slower_on_integers_are_forms_that_are_off(options
     for option in ("use_integer=[conv2d_1]", f"forms=[{form}]"):
         _, model = compiled(module, pipeline=f"{PIPELINE}{{{option}}}")
         assert operators(model)["QLinearConv"] == 3
-
-
-class MaskedAttention(nn.Module):
-    """Scores of four tokens, masked as Swin does it: the mask is computed from constants."""
-
-    def __init__(self, hidden: float) -> None:
-        super().__init__()
-        self.hidden, self.qkv, self.last = hidden, nn.Linear(4, 12), nn.Linear(4, 4)
-
-    def forward(self, x):
-        x = x.flatten(2)[..., :4]
-        q, k, v = self.qkv(x).chunk(3, -1)
-        group = x.new_zeros(8)
-        group[4:] = 1
-        mask = (group[:, None] - group[None]).masked_fill(group[:, None] != group[None], self.hidden)
-        return self.last(torch.softmax(q @ k.transpose(1, 2) + mask, -1) @ v)
-
-
-@pytest.mark.parametrize(("hidden", "deepened"), [(-100.0, True), (-20.0, False), (float("-inf"), False)])
-def test_masks_hide_wholly(hidden, deepened):
-    """exp(-100) is a denormal number, with which products are slow; what hides wholly or only dampens stays as it is."""
-    module = MaskedAttention(hidden).eval()
-    quantized, model = compiled(module)
-    lowest = min(float(numpy_helper.to_array(t).min()) for t in model.graph.initializer if t.data_type == 1)
-    assert lowest == (-1e4 if deepened else hidden)
-    x = torch.randn(3, 8, 12, 12)
-    wanted = module(x)
-    assert 10 * torch.log10(wanted.square().sum() / (quantized(x) - wanted).square().sum()) > 20
 
 
 def test_forms_that_do_not_exist_or_change_nothing_are_refused():

@@ -26,7 +26,7 @@ from ...errors import OptionError, did_you_mean
 from ...frontend.program import Program, layer_name
 from ..rewrite import argument, argument_names, aten, is_constant
 from .expand import expand_program, may_turn_on
-from .masks import deepen_masks
+from .masks import shield_masks
 from .reasons import state_reasons, stated_reasons
 from .spec import KEPT_FLOAT, LEADING, MOVING, USE_INTEGER, Row, Target
 
@@ -64,8 +64,8 @@ def annotate_program(
         node.meta[KEPT_FLOAT] = True
     _use_optional_rows(program, target, use_integer)
     expand_program(program, target)
-    if target.deep_masks:
-        deepen_masks(program)
+    if target.shields_masks:
+        shield_masks(program)
     rows = _choose_rows(program, target)
     _demote_unread(program, target, rows)
     for node, row in rows.items():

@@ -1,69 +1,178 @@
-"""Masks of attention that hide by a large negative number are made to hide wholly.
+"""Masked attention without denormal numbers.
 
-    softmax(s + m),  m = -100 where a token must not be seen    ->    m = -10000 there
+    softmax(s)    ->    softmax(clamp_min(s - amax(s), -60))            where a mask hides tokens in s
+    attention(q, k, v, mask)    ->    the same, written out; zeros for a query that may look at nothing
 
-exp(-100) is a denormal float32, and a product with denormals takes several times as long: in Swin, whose shifted
-windows are masked so, the second product of attention takes ten times as long as without a mask (docs/results.md). With
--10000 the weight is 0, as is meant. A hidden token's weight was at most exp(-80 + d), where d is how far its score lies
-above the best visible one: nothing in float32 for d < 60, and scores that differ more break such a mask in any case.
+Softmax is the same for scores less their largest. What a mask hides has a weight of exp(-100) or exp(-inf) then, which
+ONNX Runtime computes by way of denormal float32 numbers: a softmax over hidden tokens takes five to ten times as long
+as one without (docs/results.md), and a product with denormals is as slow. exp(-60) is 1e-26: a normal number, and
+nothing beside the largest weight, which is at least one over the number of tokens.
 """
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
 from torch import fx
 
 from ...frontend.program import Program, get_attribute
-from ..rewrite import aten, find, put_constant
-from .spec import KEPT_FLOAT
+from ..rewrite import argument, aten, call_before, find, put_constant, replace
+from .spec import KEPT_FLOAT, USE_INTEGER
 
-_HIDES = -80.0  # exp of this is close to the smallest normal float32
-_DEEP = -1e4
+_HIDES = -80.0  # numbers from here down are meant to hide: exp of them is close to the smallest normal float32
+_NOTHING = -60.0
+_LOWEST = torch.finfo(torch.float32).min
 # These take nothing but a dtype and a device from the tensor that they read.
 _CREATIONS = (aten.new_zeros.default, aten.new_ones.default, aten.new_full.default)
-_MOVES = (aten.view.default, aten.reshape.default, aten.permute.default, aten.transpose.int)
+_MOVES = (
+    aten.view.default, aten.reshape.default, aten.permute.default, aten.transpose.int, aten.expand.default,
+    aten.unsqueeze.default, aten.squeeze.dim, aten.slice.Tensor, aten.clone.default, aten._to_copy.default,
+    aten.to.dtype,
+)  # fmt: skip
+_CHOICES = (aten.where.self, aten.where.Scalar, aten.where.ScalarSelf, aten.where.ScalarOther)
+_SUMS = (aten.add.Tensor, aten.sub.Tensor, aten.minimum.default)
 
 
-def deepen_masks(program: Program) -> int:
-    """Deepen the constant masks that are added before a softmax over the last dim. Returns how many."""
-    count = 0
+def shield_masks(program: Program) -> int:
+    """Rewrite every softmax over the last dim that sees hidden tokens. Returns how many."""
+    count, biases = 0, dict[fx.Node, fx.Node]()
+    for attention in find(program, aten.scaled_dot_product_attention.default):
+        count += _write_out(program, attention, biases)
     for softmax in find(program, aten.softmax.int, aten._softmax.default):
         form = softmax.meta["val"]
-        if softmax.args[1] in (-1, form.ndim - 1) and not softmax.meta.get(KEPT_FLOAT):
-            count += _deepen(program, softmax.args[0], form.shape[-1])
-    return count
-
-
-def _deepen(program: Program, scores: Any, tokens: Any) -> int:
-    """Follow the scores back through sums and moves that leave the last dim alone."""
-    if not isinstance(scores, fx.Node) or scores.op != "call_function" or scores.meta["val"].shape[-1] != tokens:
-        return 0
-    if scores.target in _MOVES:
-        return _deepen(program, scores.args[0], tokens)
-    if scores.target is not aten.add.Tensor:
-        return 0
-    count = 0
-    for position, addend in enumerate(scores.args[:2]):
-        mask = _value(program, addend) if isinstance(addend, fx.Node) else None
-        if mask is None:
-            count += _deepen(program, addend, tokens)
-        elif _hides_some(mask):
-            deep = torch.where(mask <= _HIDES, torch.full_like(mask, _DEEP), mask)
-            scores.update_arg(position, put_constant(program, f"mask.{scores.name}", deep, scores))
+        if form.dtype is torch.float32 and softmax.args[1] in (-1, form.ndim - 1) and _hides(program, softmax.args[0]):
+            softmax.update_arg(0, _shielded(softmax, softmax.args[0], _largest(softmax, softmax.args[0])))
             count += 1
     return count
 
 
-def _hides_some(mask: torch.Tensor) -> bool:
-    """Are there numbers that hide a token without being deep, and does every row show one?"""
-    hidden = mask <= _HIDES
-    finite = torch.isfinite(mask).all() and float(mask.min()) > _DEEP
-    return bool(finite and mask.is_floating_point() and hidden.any() and not hidden.all(-1).any())
+def _largest(before: fx.Node, scores: Any) -> fx.Node:
+    """The largest score of each query, [.., 1]."""
+    return call_before(before, aten.amax.default, scores, [-1], True, value=scores.meta["val"][..., :1])
 
 
-def _value(program: Program, node: fx.Node) -> torch.Tensor | None:
+def _shielded(before: fx.Node, scores: Any, largest: fx.Node) -> fx.Node:
+    """The scores less their largest, none below what counts. A query that may look at nothing has scores of -inf."""
+    form, one = scores.meta["val"], largest.meta["val"]
+    finite = call_before(before, aten.clamp_min.default, largest, _LOWEST, value=one)
+    less = call_before(before, aten.sub.Tensor, scores, finite, value=form)
+    return call_before(before, aten.clamp_min.default, less, _NOTHING, value=form)
+
+
+def _write_out(program: Program, node: fx.Node, known: dict[fx.Node, fx.Node]) -> bool:
+    """Attention with a mask as products and a shielded softmax. `known` are the biases of masks met before."""
+    query, key, value = node.args[:3]
+    mask, causal = argument(node, "attn_mask"), argument(node, "is_causal")
+    forms = [n.meta["val"] for n in (query, key, value)]  # type: ignore[union-attr]
+    width, scale = forms[0].shape[-1], argument(node, "scale")
+    factor = 1 / math.sqrt(width) if scale is None and isinstance(width, int) else scale
+    lengths = (forms[0].shape[-2], forms[1].shape[-2])
+    if (
+        (mask is None and not causal)
+        or (causal and not all(isinstance(s, int) for s in lengths))
+        or any(f.dtype is not torch.float32 for f in forms)
+        or argument(node, "dropout_p")
+        or argument(node, "enable_gqa")
+        or not isinstance(factor, (int, float))
+    ):
+        return False
+    start = node.prev
+    biases = []
+    if mask is not None:
+        if mask not in known:
+            known[mask] = _bias(node, mask)
+        biases.append(known[mask])
+    if causal:
+        later = torch.full(lengths, -math.inf).triu(1)  # query i looks at keys up to i
+        biases.append(put_constant(program, f"mask.{node.name}", later, node))
+    scaled = call_before(node, aten.mul.Tensor, query, factor, value=forms[0])
+    keys = call_before(node, aten.transpose.int, key, -2, -1, value=forms[1].transpose(-2, -1))
+    scores = call_before(node, aten.matmul.default, scaled, keys, value=torch.matmul(forms[0], keys.meta["val"]))
+    for bias in biases:
+        form = scores.meta["val"]
+        scores = call_before(node, aten.add.Tensor, scores, bias, value=form)
+    largest = _largest(node, scores)
+    shielded = _shielded(node, scores, largest)
+    weights = call_before(node, aten.softmax.int, shielded, -1, value=shielded.meta["val"])
+    mixed = call_before(node, aten.matmul.default, weights, value)
+    if mask is not None and _may_hide_a_row(program, mask):
+        one = largest.meta["val"]
+        blind = call_before(node, aten.eq.Scalar, largest, -math.inf, value=torch.empty_like(one, dtype=torch.bool))
+        mixed = call_before(node, aten.masked_fill.Scalar, mixed, blind, 0.0)
+    mixed.meta["custom"] = {**mixed.meta.get("custom", {}), "float_name": node.name}
+    said, at = {k: v for k in (KEPT_FLOAT, USE_INTEGER) if (v := node.meta.get(k))}, mixed
+    while at is not start:
+        at.meta.update(said)
+        at = at.prev
+    replace(node, mixed)
+    return True
+
+
+def _bias(node: fx.Node, mask: fx.Node) -> fx.Node:
+    """What is added to the scores: the mask, or 0 and -inf for one that says which tokens are seen. It is small beside
+    the scores, which have heads."""
+    form = mask.meta["val"]
+    if form.dtype is not torch.bool:
+        return mask
+    return call_before(node, aten.where.Scalar, mask, 0.0, -math.inf, value=torch.empty_like(form, dtype=torch.float32))
+
+
+def _may_hide_a_row(program: Program, mask: fx.Node) -> bool:
+    """May a query look at nothing?"""
+    while mask.target is aten.expand.default and mask.meta["val"].shape[-1] == mask.args[0].meta["val"].shape[-1]:  # type: ignore[union-attr]
+        mask = mask.args[0]  # type: ignore[assignment]
+    known = known_value(program, mask)
+    if known is None:
+        return True
+    hidden = ~known if known.dtype is torch.bool else known == -math.inf
+    return bool(hidden.all(-1).any())
+
+
+def _hides(program: Program, scores: Any) -> bool:
+    """Do these scores come from a sum with a mask, or from one that was written into them?"""
+    if not isinstance(scores, fx.Node) or scores.op != "call_function":
+        return False
+    if scores.target in _MOVES:
+        return _hides(program, scores.args[0])
+    if scores.target in _SUMS:
+        return any(_hides(program, a) or _is_mask(program, a) for a in scores.args[:2])
+    return _writes_hiding(program, scores)
+
+
+def _is_mask(program: Program, node: Any) -> bool:
+    """Is a summand a constant that hides, or made to hide: (1 - seen) * -10000?"""
+    if not isinstance(node, fx.Node):
+        return False
+    known = known_value(program, node)
+    if known is not None:
+        return bool(known.is_floating_point() and (known <= _HIDES).any())
+    if node.op != "call_function":
+        return False
+    if node.target in _MOVES or node.target in _SUMS:
+        return any(_is_mask(program, a) for a in node.all_input_nodes)
+    if node.target is aten.mul.Tensor:
+        return any(_is_low(program, a) for a in node.args[:2])
+    return _writes_hiding(program, node)
+
+
+def _writes_hiding(program: Program, node: fx.Node) -> bool:
+    """Does a node write numbers that hide?"""
+    if node.target in (aten.masked_fill.Scalar, aten.masked_fill.Tensor):
+        return _is_low(program, node.args[2])
+    return node.target in _CHOICES and any(_is_low(program, a) for a in node.args[1:])
+
+
+def _is_low(program: Program, number: Any) -> bool:
+    """A number, or a constant of one, that hides."""
+    if isinstance(number, fx.Node):
+        known = known_value(program, number)
+        return known is not None and known.numel() > 0 and bool((known <= _HIDES).all())
+    return isinstance(number, (int, float)) and number <= _HIDES
+
+
+def known_value(program: Program, node: fx.Node) -> torch.Tensor | None:
     """The tensor that a node computes from constants alone; None where it depends on an input."""
     known: dict[fx.Node, Any] = {}
     pending = [node]

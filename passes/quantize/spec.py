@@ -173,7 +173,7 @@ class Target:
     `isolate` names ops that the runtime would compute with a slow integer kernel if quantized tensors touched them on
     both sides; they are kept apart.
     `stem_blocks`: convolutions with stride 2 on few channels are written over 2x2 blocks of pixels (see `stem`).
-    `deep_masks`: the runtime is slow with denormal numbers, which masks of attention may make (see `masks`).
+    `shields_masks`: the runtime is slow with denormal numbers, which masks of attention make (see `masks`).
     `bias` None: biases stay float. `round_to` is the channel count multiple that its kernels like (pruning halves it
     for narrow layers).
     `processor` is the family that it is for. `runtime` is what models are verified in beside ONNX Runtime: in OpenVINO,
@@ -192,7 +192,7 @@ class Target:
     isolate: tuple[str, ...] = ()
     bias: NumberFormat | None = field(default=NumberFormat(torch.int32, symmetric=True, per_channel=True))
     stem_blocks: bool = False
-    deep_masks: bool = False
+    shields_masks: bool = False
     round_to: int = 1
     processor: Literal["x86", "arm"] = "x86"
     runtime: Runtime = "onnxruntime"
