@@ -4,7 +4,7 @@ chosen.
     taskset -c 0 python benchmarks/choices.py pools stems tokens masks ranges
 
 pools   an average pool between 8-bit tensors: ONNX Runtime's integer pool, its float pool, a depthwise convolution
-stems   whole networks with the first convolution as it is, and over 2x2 blocks of pixels
+stems   whole networks with the first convolution as it is, and over 2x2 blocks of pixels or for four columns at once
 tokens  networks of linear layers on tokens, which are written as matrices: speed over float and SQNR
 masks   attention of 12 heads over 128 tokens, masked as the graph has it and without denormal numbers
 ranges  SQNR of the outputs under each range rule, on samples that took no part in calibration and in no judging
@@ -84,15 +84,17 @@ def pools() -> None:
 
 
 def stems() -> None:
-    for name in ("mobilenet_v2", "resnet18", "googlenet"):
-        program = fxpress.capture(load_source(f"torchvision:{name}").module, torch.randn(2, 3, 224, 224))
-        data = [(torch.randn(4, 3, 224, 224, generator=torch.Generator().manual_seed(0)),)]
+    networks = {n: (load_source(f"torchvision:{n}").module, 224) for n in ("mobilenet_v2", "resnet18", "googlenet", "vgg11")}
+    networks["resnet20"] = (cifar_resnet20().eval(), 32)
+    for name, (module, size) in networks.items():
+        program = fxpress.capture(module, torch.randn(2, 3, size, size))
+        data = [(torch.randn(4, 3, size, size, generator=torch.Generator().manual_seed(0)),)]
         floating = run_passes(program, PREPARE)
-        plain = dataclasses.replace(TARGET, stem_blocks=False)
+        plain = dataclasses.replace(TARGET, stem_blocks=False, stem_columns=1)
         models = {
             "float": lower(floating),
             "plain stem": int8(floating, plain, data),
-            "blocks": int8(floating, TARGET, data),
+            "blocks or columns": int8(floating, TARGET, data),
         }
         print(
             f"stem of {name}:", ", ".join(f"{k} {v:.2f} ms" for k, v in medians(models, data[0][0][:1].numpy()).items())

@@ -4,6 +4,7 @@
     dequantize(q, scale, zero_point)         x = (q - zero_point) * scale
     dequantize_channel(q, scale, axis)       the same with one scale per index of `axis`, zero point 0
     pixel_blocks(x, block)                   [N, C, H, W] -> [N, block^2 C, H / block, W / block], blocks as channels
+    columns_together(x, count)               [N, C, H, W] -> [N, count C, H, W / count], columns_apart(x, count) back
     observe(x, key)                          x; the interpreter of the calibration hands x to observer number `key`
     fake_quantize(x, scale, zero_point, ..)  dequantize(quantize(x)) in float, with gradients (learned_steps.py)
     dynamic_linear, dynamic_lstm             layers whose input is quantized by its own range (dynamic.py)
@@ -55,6 +56,19 @@ def pixel_blocks(x: torch.Tensor, block: int) -> torch.Tensor:
     return blocks.reshape(n, block * block * c, h // block, w // block)
 
 
+def columns_together(x: torch.Tensor, count: int) -> torch.Tensor:
+    """`count` neighbouring columns as one of so many times the channels, which are ordered by column, then channel:
+    [N, C, H, W] -> [N, count C, H, W / count], any dtype. With channels last in memory nothing moves."""
+    n, c, h, w = x.shape
+    return x.reshape(n, c, h, w // count, count).permute(0, 4, 1, 2, 3).reshape(n, count * c, h, w // count)
+
+
+def columns_apart(x: torch.Tensor, count: int) -> torch.Tensor:
+    """The inverse: [N, count C, H, W] -> [N, C, H, count W]."""
+    n, c, h, w = x.shape
+    return x.reshape(n, count, c // count, h, w).permute(0, 2, 3, 4, 1).reshape(n, c // count, h, w * count)
+
+
 def _observe(x: torch.Tensor, key: int) -> torch.Tensor:
     return x.clone()
 
@@ -76,6 +90,8 @@ _OPERATORS = {
     "dequantize(Tensor q, float scale, int zero_point) -> Tensor": (dequantize, _fake_dequantize),
     "dequantize_channel(Tensor q, Tensor scale, int axis) -> Tensor": (dequantize_channel, _fake_dequantize_channel),
     "pixel_blocks(Tensor x, int block) -> Tensor": (pixel_blocks, pixel_blocks),
+    "columns_together(Tensor x, int count) -> Tensor": (columns_together, columns_together),
+    "columns_apart(Tensor x, int count) -> Tensor": (columns_apart, columns_apart),
     "observe(Tensor x, int key) -> Tensor": (_observe, lambda x, key: torch.empty_like(x)),
     learned_steps.SCHEMA: (learned_steps.fake_quantize, learned_steps.fake_kernel),
     **dynamic.OPERATORS,

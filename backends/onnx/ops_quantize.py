@@ -6,6 +6,7 @@ import torch
 from onnx_ir import Value
 
 from .emit import Emitter, Operand, positive
+from .sizes import Size
 from .table import row
 
 _QUANTIZED = (torch.int8, torch.uint8, torch.int16, torch.uint16)
@@ -62,3 +63,22 @@ def pixel_blocks(g: Emitter, x: Operand, block: int) -> Value:
     value = g.op("Transpose", value, perm=[0, 2, 3, 1])
     value = g.reshape(value, [n, h, w, rows * c], [n, h, columns, block * rows * c])
     return g.op("Transpose", value, perm=[0, 3, 1, 2])
+
+
+@row("fxpress.columns_together.default")
+def columns_together(g: Emitter, x: Operand, count: int) -> Value:
+    """A Reshape with channels last; the transposes around it meet those of ONNX Runtime, and go."""
+    n, c, h, w = x.shape
+    return _channels_last(g, x, [n, h, w, c], [n, h, w // count, count * c])
+
+
+@row("fxpress.columns_apart.default")
+def columns_apart(g: Emitter, x: Operand, count: int) -> Value:
+    """The inverse."""
+    n, c, h, w = x.shape
+    return _channels_last(g, x, [n, h, w, c], [n, h, w * count, c // count])
+
+
+def _channels_last(g: Emitter, x: Operand, before: list[Size], after: list[Size]) -> Value:
+    last = g.op("Transpose", x, perm=[0, 2, 3, 1])
+    return g.op("Transpose", g.reshape(last, before, after), perm=[0, 3, 1, 2])

@@ -39,6 +39,7 @@ TARGET = Target(
     activation=NumberFormat(torch.uint8),
     weight=NumberFormat(torch.int8, symmetric=True, per_channel=True, narrow=True),
     stem_blocks=True,
+    stem_columns=4,
     shields_masks=True,
     round_to=16,
     absorbs=CLAMPS,

@@ -29,6 +29,7 @@ from ..rewrite import (
     set_argument,
 )
 from .annotate import ABSORBED, annotation, clear_annotations, operands_of, upper_bound
+from .columns import mark_columns
 from .observe import Site, Sites, sites_of
 from .ranges.squared_error import best_bounds
 from .spec import MOVING, NumberFormat, QuantParams, Target, as_float32, choose_params
@@ -71,6 +72,8 @@ def fold_program(program: Program, target: Target, weight_ranges: str) -> int:
     clear_annotations(program)
     if target.stem_blocks:
         blocks_for_stems(program)
+    if target.stem_columns > 1:
+        mark_columns(program, target.stem_columns)
     del program.graph_module.meta["observers"]
     erase_dead(program)
     program.graph_module.recompile()
