@@ -20,6 +20,8 @@ from fxpress.passes.base import Context
 from fxpress.passes.manager import PassManager, op_counts, run_passes
 from fxpress.passes.quantize.annotate import annotate_program, annotation
 from fxpress.passes.quantize.fold import fold_program, quantize_weight, weight_scales
+from fxpress.passes.quantize.ranges import choose
+from fxpress.passes.quantize.ranges.observers import Candidates
 from fxpress.passes.quantize.ranges.rules import CANDIDATES, RULES
 from fxpress.passes.quantize.stem import block_weights
 from fxpress.runtime.layers import check_layers
@@ -277,6 +279,26 @@ def test_quantized_programs_are_saved_and_loaded(tmp_path):
     loaded = fxpress.Program.load(tmp_path / "int8.pt2")
     assert torch.equal(loaded(x), int8(x))
     assert lower(loaded).SerializeToString()
+
+
+@pytest.mark.parametrize(
+    ("scores", "samples", "best"),
+    [
+        ((30.4, 31.7, 30.8), 4, "minmax"),  # Inception, on four samples: on 32 the average is 3 dB worse
+        ((31.2, 28.0, 30.9), 32, "minmax"),
+        ((17.3, 20.5, 19.0), 32, "moving-average"),
+        ((30.2, 19.5, 32.3), 32, "mse"),
+        ((30.0, 30.6, 30.0), 32, "moving-average"),
+        ((30.0, 30.6, 30.0), 8, "minmax"),
+    ],
+)
+def test_a_rule_that_cuts_must_win_by_more_than_few_samples_can_tell(scores, samples, best):
+    observer = Candidates()
+    told = dict(zip(CANDIDATES, scores))
+    notes, sqnr = choose._choose_rule([observer], lambda: told[observer.chosen], samples)
+    assert observer.chosen == best
+    assert sqnr == told[best]
+    assert f"on {samples} calibration samples" in notes[0]
 
 
 @given(

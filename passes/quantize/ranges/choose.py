@@ -4,6 +4,9 @@ No rule wins everywhere. Clipping by squared error is best on CIFAR ResNets; on 
 the last blocks carry no meaning, the average of the samples' own ranges is 2.5 dB better (docs/results.md). The measure
 is the SQNR of the program's outputs against the float program on unlabelled calibration samples.
 
+A rule that cuts ranges looks good on the samples whose values it keeps: on four samples of Inception the average was
+1.3 dB better than min-max, on 32 of them 3.2 dB worse. So it must win by more than so few samples can tell.
+
 A trial is not folded: the observed program runs with its weights rounded as folding will round them (once, for all
 rules) and each observed value rounded where it is read. That leaves out the rounding of biases to int32.
 """
@@ -12,6 +15,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import math
 from collections.abc import Callable, Iterable, Iterator
 
 import torch
@@ -34,6 +38,8 @@ from .rules import CANDIDATES
 from .tie import tie_concatenations
 
 _MOST_SAMPLES, _LEAST_SAMPLES = 32, 4
+_SAFE = "minmax"  # cuts nothing that calibration has seen
+_DOUBT_DB = 3.0  # over the root of the number of samples: by how much another rule must win
 _WORK = 10e9  # multiplications that one trial may take, the least number of samples aside
 
 
@@ -57,22 +63,24 @@ def choose_ranges(
         def measure() -> float:
             return mean_sqnr(expected, _outputs(runner, parts, _roundings(sites, target)))
 
-        notes, sqnr = _choose_rule(candidates, measure) if candidates else ([], None)
+        count = sum(count_examples(program.inputs, part) for part in parts)
+        notes, sqnr = _choose_rule(candidates, measure, count) if candidates else ([], None)
         if ties:
             notes += tie_concatenations(program, target, lambda key: params_of(sites, key, target), measure, sqnr)
     return notes
 
 
-def _choose_rule(candidates: list[Candidates], measure: Callable[[], float]) -> tuple[list[str], float]:
-    """Let the most faithful rule count. Returns notes, and its SQNR in dB."""
+def _choose_rule(candidates: list[Candidates], measure: Callable[[], float], samples: int) -> tuple[list[str], float]:
+    """Let the most faithful rule count, as far as so many samples can tell. Returns notes, and its SQNR in dB."""
     scores = {}
     for rule in CANDIDATES:
         _choose(candidates, rule)
         scores[rule] = measure()
-    best = max(scores, key=lambda rule: scores[rule])
+    needed = scores[_SAFE] + _DOUBT_DB / math.sqrt(samples)
+    best = max((r for r in scores if scores[r] > needed), key=lambda rule: scores[rule], default=_SAFE)
     _choose(candidates, best)
     listed = ", ".join(f"{rule} {score:.1f} dB" for rule, score in scores.items())
-    return [f"ranges by {best} (SQNR of the outputs on calibration samples: {listed})"], scores[best]
+    return [f"ranges by {best} (SQNR of the outputs on {samples} calibration samples: {listed})"], scores[best]
 
 
 def _choose(candidates: list[Candidates], rule: str) -> None:
