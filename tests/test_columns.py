@@ -16,7 +16,8 @@ from fxpress.backends.targets import load_target
 from fxpress.frontend.operators import columns_apart, columns_together
 from fxpress.passes.base import Context
 from fxpress.passes.manager import op_counts, run_passes
-from fxpress.passes.quantize.columns import in_columns, widened
+from fxpress.passes.quantize.columns import widened
+from fxpress.passes.quantize.written import as_written
 from fxpress.runtime.layers import check_layers
 from fxpress.runtime.session import make_session
 
@@ -83,12 +84,12 @@ def quantized(module, width=16, target=TARGET):
 
 
 def kernels(program):
-    counts = op_counts(in_columns(program))
+    counts = op_counts(as_written(program))
     return counts["fxpress.columns_together.default"], counts["fxpress.columns_apart.default"]
 
 
 @pytest.mark.parametrize("name", STEMS)
-def test_stems_are_written_in_columns(name, tmp_path):
+def test_stems_are_written_as_written(name, tmp_path):
     program, x = quantized(STEMS[name])
     assert kernels(program) == (1, 1)
     plain, _ = quantized(STEMS[name], target=dataclasses.replace(TARGET, stem_columns=1))
@@ -96,7 +97,7 @@ def test_stems_are_written_in_columns(name, tmp_path):
     assert op_counts(program) == op_counts(plain), "what is simulated does not change"
     wanted = program(x)
     assert torch.equal(plain(x), wanted)
-    for one in (program, in_columns(program)):
+    for one in (program, as_written(program)):
         assert torch.equal(one(x), wanted)
     for batch in (1, 4):
         (there,) = make_session(lower(program)).run(x[:batch].numpy())

@@ -23,7 +23,7 @@ from ..._version import __version__
 from ...errors import LoweringError, OutputError
 from ...frontend.operators import NAMESPACE, declare_operators
 from ...frontend.program import Program, TensorInfo, get_attribute, source_of
-from ...passes.quantize.columns import in_columns
+from ...passes.quantize.written import as_written
 from .emit import Emitter, Operand, onnx_type
 from .table import Row, find_row
 
@@ -74,7 +74,7 @@ def build(program: Program, opset: int = DEFAULT_OPSET) -> ir.Model:
     if program.training:
         raise LoweringError("the program is in training mode", hint="call program.eval() first")
     declare_operators()
-    return _Lowering(in_columns(program), opset).model()
+    return _Lowering(as_written(program), opset).model()
 
 
 class _Lowering:

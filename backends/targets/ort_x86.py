@@ -40,6 +40,7 @@ TARGET = Target(
     weight=NumberFormat(torch.int8, symmetric=True, per_channel=True, narrow=True),
     stem_blocks=True,
     stem_columns=4,
+    depthwise_multiple=16,
     shields_masks=True,
     round_to=16,
     absorbs=CLAMPS,

@@ -13,8 +13,7 @@ each multiply-add of the model is four of the processor, which has them to spare
 (docs/results.md): the stems of VGG, of networks for 32x32 images and of those for one channel take 0.4 to 0.7 of the
 time.
 
-`mark_columns` says where, when a target is folded for; the graph stays as it is, and what writes it as ONNX
-(`in_columns`) reads the mark.
+Only the written file has this form (`written`).
 """
 
 from __future__ import annotations
@@ -27,31 +26,13 @@ from torch import fx
 from ...frontend.program import Program
 from ..rewrite import argument, aten, call_after, call_before, constant, find, is_op, put_constant, replace
 
-_MARK = "columns"
 _MOST_CHANNELS = 4
 _ACTIVATIONS = (aten.relu.default, aten.hardtanh.default)
 
 
-def mark_columns(program: Program, count: int) -> int:
-    """Mark all stems that can be computed for `count` columns at once. Returns how many there are."""
-    stems = [n for n in find(program, aten.conv2d.default) if _is_stem(n, count)]
-    for node in stems:
-        node.meta["custom"] = {**node.meta.get("custom", {}), _MARK: count}
-    return len(stems)
-
-
-def in_columns(program: Program) -> Program:
-    """The same program with the marked stems rewritten, for writing it; itself where nothing is marked."""
-    if not any(_marked(n) for n in program.graph.nodes):
-        return program
-    written = program.copy(share_weights=True)
-    for node in [n for n in written.graph.nodes if _marked(n)]:
-        _rewrite(written, node, _marked(node))
-    return written
-
-
-def _marked(node: fx.Node) -> int:
-    return int((node.meta.get("custom") or {}).get(_MARK, 0))
+def stems_for_columns(program: Program, count: int) -> list[fx.Node]:
+    """All stems that can be computed for `count` columns at once."""
+    return [n for n in find(program, aten.conv2d.default) if _is_stem(n, count)]
 
 
 def _is_stem(conv: fx.Node, count: int) -> bool:
@@ -87,7 +68,10 @@ def _quantizes(conv: fx.Node) -> list[fx.Node]:
     return users if all(is_op(u, torch.ops.fxpress.quantize.default) for u in users) else []
 
 
-def _rewrite(program: Program, conv: fx.Node, count: int) -> None:
+def rewrite_columns(program: Program, conv: fx.Node, count: int) -> None:
+    """Compute a stem for `count` columns at once; not where something else than quantizations reads it."""
+    if not _is_stem(conv, count):
+        return
     real, weight, bias = conv.args[0], conv.args[1], argument(conv, "bias")
     assert isinstance(real, fx.Node)
     assert isinstance(weight, fx.Node)
@@ -108,7 +92,6 @@ def _rewrite(program: Program, conv: fx.Node, count: int) -> None:
     new = call_before(conv, aten.conv2d.default, x, weights, biases)
     for node in (new, *_chain(conv)[1:]):
         node.meta["val"] = form
-    new.meta["custom"] = {k: v for k, v in conv.meta["custom"].items() if k != _MARK}
     for end in ends:
         apart = call_after(end, torch.ops.fxpress.columns_apart.default, end, count)
         end.replace_all_uses_with(apart, lambda user, apart=apart: user is not apart)  # type: ignore[misc]

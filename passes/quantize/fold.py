@@ -29,11 +29,13 @@ from ..rewrite import (
     set_argument,
 )
 from .annotate import ABSORBED, annotation, clear_annotations, operands_of, upper_bound
-from .columns import mark_columns
+from .columns import stems_for_columns
 from .observe import Site, Sites, sites_of
 from .ranges.squared_error import best_bounds
 from .spec import MOVING, NumberFormat, QuantParams, Target, as_float32, choose_params
 from .stem import blocks_for_stems
+from .wide_depthwise import depthwise_to_widen
+from .written import CHANNELS, COLUMNS, mark
 
 LEARNED_SCALES = "quantize_weight_scales"  # in a layer's meta: scales to fold with, one per output channel
 _BIAS_LIMIT = 2.0**30  # half of int32, so that adding the products to the bias cannot overflow
@@ -73,7 +75,10 @@ def fold_program(program: Program, target: Target, weight_ranges: str) -> int:
     if target.stem_blocks:
         blocks_for_stems(program)
     if target.stem_columns > 1:
-        mark_columns(program, target.stem_columns)
+        for stem in stems_for_columns(program, target.stem_columns):
+            mark(stem, COLUMNS, target.stem_columns)
+    for layer, channels in depthwise_to_widen(program, target.depthwise_multiple).items():
+        mark(layer, CHANNELS, channels)
     del program.graph_module.meta["observers"]
     erase_dead(program)
     program.graph_module.recompile()

@@ -174,6 +174,7 @@ class Target:
     both sides; they are kept apart.
     `stem_blocks`: convolutions with stride 2 on few channels are written over 2x2 blocks of pixels (see `stem`).
     `stem_columns`: those with stride 1 on few channels are computed for so many columns at once (see `columns`).
+    `depthwise_multiple`: depthwise convolutions get channels of zeros up to a multiple (see `wide_depthwise`).
     `shields_masks`: the runtime is slow with denormal numbers, which masks of attention make (see `masks`).
     `bias` None: biases stay float. `round_to` is the channel count multiple that its kernels like (pruning halves it
     for narrow layers).
@@ -194,6 +195,7 @@ class Target:
     bias: NumberFormat | None = field(default=NumberFormat(torch.int32, symmetric=True, per_channel=True))
     stem_blocks: bool = False
     stem_columns: int = 1
+    depthwise_multiple: int = 1
     shields_masks: bool = False
     round_to: int = 1
     processor: Literal["x86", "arm"] = "x86"
