@@ -1,10 +1,11 @@
-"""The measurements behind five choices in the code: how pools, stems, tokens and masks are written, and how ranges are
-chosen.
+"""The measurements behind six choices in the code: how pools, stems, depthwise convolutions, tokens and masks are
+written, and how ranges are chosen.
 
-    taskset -c 0 python benchmarks/choices.py pools stems tokens masks ranges
+    taskset -c 0 python benchmarks/choices.py pools stems depthwise tokens masks ranges
 
 pools   an average pool between 8-bit tensors: ONNX Runtime's integer pool, its float pool, a depthwise convolution
 stems   whole networks with the first convolution as it is, and over 2x2 blocks of pixels or for four columns at once
+depthwise  whole networks with depthwise convolutions on the channels that they have, and on multiples of 16
 tokens  networks of linear layers on tokens, which are written as matrices: speed over float and SQNR
 masks   attention of 12 heads over 128 tokens, masked as the graph has it and without denormal numbers
 ranges  SQNR of the outputs under each range rule, on samples that took no part in calibration and in no judging
@@ -101,6 +102,21 @@ def stems() -> None:
         )
 
 
+def depthwise() -> None:
+    for name in ("shufflenet_v2_x1_0", "mobilenet_v3_small", "mobilenet_v3_large", "mnasnet1_0"):
+        program = fxpress.capture(load_source(f"torchvision:{name}").module, torch.randn(2, 3, 224, 224))
+        data = [(torch.randn(4, 3, 224, 224, generator=torch.Generator().manual_seed(0)),)]
+        floating = run_passes(program, PREPARE)
+        plain = dataclasses.replace(TARGET, depthwise_multiple=1)
+        models = {
+            "float": lower(floating),
+            "as they are": int8(floating, plain, data),
+            "multiples of 16": int8(floating, TARGET, data),
+        }
+        found = medians(models, data[0][0][:1].numpy())
+        print(f"depthwise in {name}:", ", ".join(f"{k} {v:.2f} ms" for k, v in found.items()))
+
+
 def int8(program: Program, target: Target, data: list[tuple[torch.Tensor, ...]]) -> onnx.ModelProto:
     return lower(PassManager("quantize{ranges=minmax}").run(program, Context(target=target, calibration=data)))
 
@@ -180,7 +196,7 @@ def compare_ranges(title: str, module: torch.nn.Module, calibration: np.ndarray,
             print(f"{title}: ranges {rule}, weights {weights}: {sqnr:.1f} dB on {len(x)} held-out samples", flush=True)
 
 
-CHOICES = {"pools": pools, "stems": stems, "masks": masks, "tokens": tokens, "ranges": ranges}
+CHOICES = {"pools": pools, "stems": stems, "depthwise": depthwise, "masks": masks, "tokens": tokens, "ranges": ranges}
 
 
 def main() -> None:

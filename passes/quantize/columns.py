@@ -24,7 +24,7 @@ import torch
 from torch import fx
 
 from ...frontend.program import Program
-from ..rewrite import argument, aten, call_after, call_before, constant, find, is_op, put_constant, replace
+from ..rewrite import argument, aten, call_after, call_before, constant, find, is_op, put_constant
 
 _MOST_CHANNELS = 4
 _ACTIVATIONS = (aten.relu.default, aten.hardtanh.default)
@@ -88,15 +88,14 @@ def rewrite_columns(program: Program, conv: fx.Node, count: int) -> None:
     padded = read.new_empty((n, c, h + 2 * rows, w + before + after))
     x = call_before(conv, aten.constant_pad_nd.default, x, margins, 0.0, value=padded)
     stored = put_constant(program, f"{weight.args[0].target}_columns", wide, conv)  # type: ignore[union-attr]
-    weights, biases = _per_channel(program, weight, stored, count, conv), _bias(program, bias, count, conv)
-    new = call_before(conv, aten.conv2d.default, x, weights, biases)
-    for node in (new, *_chain(conv)[1:]):
+    conv.args = (x, _per_channel(program, weight, stored, count, conv), _bias(program, bias, count, conv))
+    conv.kwargs = {}
+    for node in _chain(conv):
         node.meta["val"] = form
     for end in ends:
         apart = call_after(end, torch.ops.fxpress.columns_apart.default, end, count)
         end.replace_all_uses_with(apart, lambda user, apart=apart: user is not apart)  # type: ignore[misc]
         end.meta["val"] = _together(end, count)
-    replace(conv, new)
 
 
 def _together(node: object, count: int) -> torch.Tensor:
