@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 
 import pytest
@@ -141,6 +142,15 @@ def test_masked_networks_are_quantized(name):
     assert 10 * torch.log10(wanted.square().sum() / (integer(*inputs) - wanted).square().sum()) > 30
     other = run_passes(program, "quantize", Context(load_target("tensorrt"), [inputs]))
     assert ("aten.amax.default" in op_counts(integer)) > ("aten.amax.default" in op_counts(other))
+
+
+def test_dynamically_quantized_networks_are_shielded_too():
+    program, inputs = captured("bool mask")
+    target = load_target("ort-x86")
+    made = run_passes(program, "quantize-dynamic", Context(target))
+    assert "aten.amax.default" in op_counts(made)
+    plain = run_passes(program, "quantize-dynamic", Context(dataclasses.replace(target, shields_masks=False)))
+    torch.testing.assert_close(made(*inputs), plain(*inputs), rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize(("kept", "masks"), [(torch.ones(1, 1, 1, 8, dtype=torch.bool), 0), (torch.zeros(8, 8), 0), (torch.ones(8, 8), 1)])

@@ -30,6 +30,7 @@ from ..rewrite import (
 )
 from .annotate import named_nodes
 from .fold import quantize_weight, weight_scales
+from .masks import shield_masks
 from .spec import NumberFormat, Target
 
 
@@ -41,6 +42,7 @@ class QuantizeDynamic(Pass):
     1. `linear` and `addmm` with parameters, on inputs of any number of dims; `keep_float` names layers to leave alone.
     2. `lstm` without projections and dropout.
     3. Weights take the target's format for weights (7 bits where 8 would saturate).
+    4. Masked attention is written without denormal numbers, where the target asks for it.
     """
 
     name = "quantize-dynamic"
@@ -63,6 +65,9 @@ class QuantizeDynamic(Pass):
                 + "".join(f"\n  {r}" for r in reasons[:5]),
                 hint="use the recipe int8, which needs calibration data",
             )
+        assert context.target is not None
+        if context.target.shields_masks:
+            shield_masks(program)
         erase_dead(program)
         return Change(count, reasons)
 
