@@ -80,6 +80,22 @@ WIDENED = {
 LEFT = {"concat": Joined("concat"), "sum": Joined("sum"), "output": Joined("output")}
 
 
+class OneGate(nn.Module):
+    """One gate for all channels, as spatial attention has it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.depthwise = nn.Conv2d(8, WIDTH, 1), nn.Conv2d(WIDTH, WIDTH, 3, 1, 1, groups=WIDTH)
+        self.gate, self.last = nn.Conv2d(WIDTH, 1, 1), nn.Conv2d(WIDTH, 8, 1)
+
+    def forward(self, x):
+        x = torch.relu(self.depthwise(torch.relu(self.first(x))))
+        return self.last(x * torch.sigmoid(self.gate(x)))
+
+
+LEFT["one gate"] = OneGate()
+
+
 def quantized(module, target=TARGET):
     torch.manual_seed(0)
     for part in module.modules():
@@ -127,6 +143,12 @@ def test_where_something_else_depends_on_the_channels_they_stay(name):
     assert op_counts(as_written(program)) == op_counts(program)
     outputs = make_session(lower(program)).run(x.numpy())
     assert len(outputs) == 1 + (name == "output")
+    torch.testing.assert_close(torch.from_numpy(outputs[0]), program.run_flat((x,))[0])
+
+
+def test_the_same_file_is_written_each_time():
+    program, _ = quantized(WIDENED["gated, hardswish"][0])
+    assert len({lower(program).SerializeToString() for _ in range(3)}) == 1
 
 
 def test_few_channels_are_not_multiplied():

@@ -54,38 +54,39 @@ def widen_depthwise(program: Program, conv: fx.Node, channels: int) -> None:
     if region is None:
         return
     inside, writers, readers = region
-    for node in writers | {n for n in inside if n.target is _CONVOLUTION}:
+    for node in [*writers, *(n for n in inside if n.target is _CONVOLUTION)]:
         _pad_constant(program, node, 1, channels - had, outputs=True)
         _pad_constant(program, node, 2, channels - had, outputs=True)
         if node in inside:
             set_argument(node, "groups", channels)
     for node in readers:
         _pad_constant(program, node, 1, channels - had, outputs=False)
-    for node in inside | writers:
+    for node in [*inside, *writers]:
         val = node.meta["val"]
         node.meta["val"] = val.new_empty((val.shape[0], channels, *val.shape[2:]))
 
 
-Region = tuple[set[fx.Node], set[fx.Node], set[fx.Node]]
+Nodes = dict[fx.Node, None]  # a set that keeps its order, so that a file is the same each time it is written
 
 
-def _region(conv: fx.Node) -> Region | None:
+def _region(conv: fx.Node) -> tuple[Nodes, Nodes, Nodes] | None:
     """(nodes of which each channel depends on the same channel, convolutions that write them, convolutions that read
     them); None where anything else does."""
-    inside: set[fx.Node] = set()
-    writers: set[fx.Node] = set()
-    readers: set[fx.Node] = set()
-    pending = [conv]
+    inside, writers, readers = Nodes(), Nodes(), Nodes()
+    channels, pending = conv.meta["val"].shape[1], [conv]
     while pending:
         node = pending.pop()
         if node in inside or node in writers:
             continue
+        form = node.meta.get("val")
+        if not isinstance(form, torch.Tensor) or form.ndim != 4 or form.shape[1] != channels:
+            return None  # one gate for all channels, say
         if node.target is _CONVOLUTION and not is_depthwise(node):
             if not _widens(node):
                 return None
-            writers.add(node)
+            writers[node] = None
         elif _keeps_channels(node):
-            inside.add(node)
+            inside[node] = None
             pending += [a for a in node.args[: 2 if node.target in _PAIRS else 1] if isinstance(a, fx.Node)]
         else:
             return None
@@ -93,7 +94,7 @@ def _region(conv: fx.Node) -> Region | None:
             if user.target is _CONVOLUTION and not is_depthwise(user):
                 if user.args[0] is not node or not _widens(user):
                     return None
-                readers.add(user)
+                readers[user] = None
             else:
                 pending.append(user)
     return inside, writers, readers
