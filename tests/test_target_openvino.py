@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import dataclasses
 import importlib.util
+from collections import Counter
 from pathlib import Path
 from types import ModuleType
 
@@ -111,6 +112,30 @@ def test_rows_run_on_integers_in_openvino(pattern):
 @pytest.mark.parametrize("pattern", APART)
 def test_what_openvino_would_compute_wrongly_is_kept_apart(pattern):
     agree(quantized(APART[pattern]))
+
+
+class Tokens(nn.Module):
+    """Attention and two linear layers on tokens, as a transformer has them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm, self.qkv, self.project = nn.LayerNorm(16), nn.Linear(16, 48), nn.Linear(16, 16)
+        self.up, self.down = nn.Linear(16, 32, bias=False), nn.Linear(32, 16)
+
+    def forward(self, x):
+        x = x.flatten(2)[..., :16]
+        q, k, v = self.qkv(self.norm(x)).chunk(3, -1)
+        x = x + self.project(nn.functional.scaled_dot_product_attention(q, k, v))
+        return x + self.down(nn.functional.gelu(self.up(x)))
+
+
+def test_layers_on_tokens_are_products():
+    """Behind a Gemm and a reshape OpenVINO 2026.4 refused DeiT: it moves scales through the reshape."""
+    program = quantized(Tokens())
+    counts = Counter(n.op_type for n in lower(program).graph.node)
+    assert counts["MatMul"] == 4 + 2
+    assert not counts["Gemm"]
+    agree(program)
 
 
 @pytest.mark.skipif(saturates(), reason="without VNNI nothing is run in OpenVINO: its products saturate")

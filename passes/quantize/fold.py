@@ -35,7 +35,7 @@ from .ranges.squared_error import best_bounds
 from .spec import MOVING, NumberFormat, QuantParams, Target, as_float32, choose_params
 from .stem import blocks_for_stems
 from .wide_depthwise import depthwise_to_widen
-from .written import CHANNELS, COLUMNS, mark
+from .written import CHANNELS, COLUMNS, PRODUCT, layers_on_tokens, mark
 
 LEARNED_SCALES = "quantize_weight_scales"  # in a layer's meta: scales to fold with, one per output channel
 _BIAS_LIMIT = 2.0**30  # half of int32, so that adding the products to the bias cannot overflow
@@ -79,6 +79,9 @@ def fold_program(program: Program, target: Target, weight_ranges: str) -> int:
             mark(stem, COLUMNS, target.stem_columns)
     for layer, channels in depthwise_to_widen(program, target.depthwise_multiple).items():
         mark(layer, CHANNELS, channels)
+    if target.products_of_tokens:
+        for layer in layers_on_tokens(program):
+            mark(layer, PRODUCT, 1)
     del program.graph_module.meta["observers"]
     erase_dead(program)
     program.graph_module.recompile()

@@ -175,6 +175,7 @@ class Target:
     `stem_blocks`: convolutions with stride 2 on few channels are written over 2x2 blocks of pixels (see `stem`).
     `stem_columns`: those with stride 1 on few channels are computed for so many columns at once (see `columns`).
     `depthwise_multiple`: depthwise convolutions get channels of zeros up to a multiple (see `wide_depthwise`).
+    `products_of_tokens`: linear layers on tokens are written as matmul and add (see `written`).
     `shields_masks`: the runtime is slow with denormal numbers, which masks of attention make (see `masks`).
     `bias` None: biases stay float. `round_to` is the channel count multiple that its kernels like (pruning halves it
     for narrow layers).
@@ -196,6 +197,7 @@ class Target:
     stem_blocks: bool = False
     stem_columns: int = 1
     depthwise_multiple: int = 1
+    products_of_tokens: bool = False
     shields_masks: bool = False
     round_to: int = 1
     processor: Literal["x86", "arm"] = "x86"

@@ -8,14 +8,34 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from torch import fx
 
 from ...frontend.program import Program
+from ..rewrite import argument, aten, call_before, find, is_op, replace
 from .columns import rewrite_columns
 from .wide_depthwise import widen_depthwise
 
-COLUMNS, CHANNELS = "columns", "channels"
-_REWRITES = {COLUMNS: rewrite_columns, CHANNELS: widen_depthwise}
+COLUMNS, CHANNELS, PRODUCT = "columns", "channels", "product"
+
+
+def write_product(program: Program, linear: fx.Node, _: int) -> None:
+    """A linear layer on tokens as matmul(x, W^T) + b, for runtimes that take it so: OpenVINO moves scales through the
+    reshape behind a Gemm, where they do not fit (2026.4: "Requested output shape [1,197,1] is incompatible")."""
+    x, weight, bias = linear.args[0], linear.args[1], argument(linear, "bias")
+    turned = call_before(linear, aten.transpose.int, weight, 0, 1, value=weight.meta["val"].t())  # type: ignore[union-attr]
+    product = call_before(linear, aten.matmul.default, x, turned)
+    replace(linear, product if bias is None else call_before(linear, aten.add.Tensor, product, bias))
+
+
+_REWRITES = {COLUMNS: rewrite_columns, CHANNELS: widen_depthwise, PRODUCT: write_product}
+
+
+def layers_on_tokens(program: Program) -> list[fx.Node]:
+    """Linear layers with quantized weights on more than matrices."""
+    found = find(program, aten.linear.default)
+    quantized = torch.ops.fxpress.dequantize_channel.default
+    return [n for n in found if n.meta["val"].ndim > 2 and is_op(n.args[1], quantized)]
 
 
 def mark(node: fx.Node, form: str, number: int) -> None:
