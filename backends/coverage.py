@@ -18,7 +18,7 @@ import onnx
 from ..frontend.program import Program, layer_name
 from ..passes.quantize.reasons import Reason
 from ..passes.quantize.spec import Target
-from .onnx.part import without_weights
+from .onnx.part import SHARE, without_weights
 
 INTEGER_OPS = frozenset(
     {"QLinearConv", "ConvInteger", "QGemm", "QLinearMatMul", "MatMulInteger", "MatMulIntegerToFloat", "QAttention"}
@@ -109,10 +109,12 @@ def optimized_graph(
 
 
 def node_macs(model: onnx.ModelProto) -> Iterator[tuple[str, int]]:
-    """(node name, MACs at batch 1) of every convolution, matrix product and recurrent layer."""
+    """(node name, MACs at batch 1) of every convolution, matrix product and recurrent layer; those by zeros, which only
+    the written file has, do not count."""
     shapes = _shapes(model)
     for node in model.graph.node:
-        count = _macs(node, shapes)
+        share = next((float(p.value) for p in node.metadata_props if p.key == SHARE), 1.0)
+        count = round(_macs(node, shapes) * share)
         if count:
             yield node.name, count
 

@@ -97,6 +97,15 @@ def _with_meta(new: fx.Node, origin: fx.Node, value: Any) -> fx.Node:
     return new
 
 
+WORK = "work"  # in meta["custom"]: the share of a node's multiply-adds that the model has; the others are by zeros
+
+
+def share_work(node: fx.Node, share: float) -> None:
+    """Note that only so much of what a rewritten node computes is the model's."""
+    custom = node.meta.get("custom", {})
+    node.meta["custom"] = {**custom, WORK: custom.get(WORK, 1.0) * share}
+
+
 def replace(node: fx.Node, value: fx.Node) -> None:
     """Let every reader of `node` read `value`, and erase `node`."""
     node.replace_all_uses_with(value)

@@ -11,11 +11,13 @@ from hypothesis import strategies as st
 from torch import nn
 
 import fxpress
+from fxpress.backends.coverage import node_macs
 from fxpress.backends.onnx.lower import lower
 from fxpress.backends.targets import load_target
 from fxpress.frontend.operators import columns_apart, columns_together
 from fxpress.passes.base import Context
 from fxpress.passes.manager import op_counts, run_passes
+from fxpress.passes.quantize import columns
 from fxpress.passes.quantize.columns import widened
 from fxpress.passes.quantize.written import as_written
 from fxpress.runtime.layers import check_layers
@@ -73,6 +75,26 @@ OTHERS = {
     "pointwise": nn.Sequential(nn.Conv2d(3, 16, 1), nn.ReLU(), nn.Conv2d(16, 8, 3)),
     "many channels": nn.Sequential(nn.Conv2d(8, 16, 3, padding=1), nn.ReLU(), nn.Conv2d(16, 8, 3)),
 }
+
+
+@pytest.fixture(autouse=True)
+def small_networks(monkeypatch):
+    """These networks have few weights beside the stem's."""
+    monkeypatch.setattr(columns, "_MOST_GROWTH", 100.0)
+
+
+def test_a_small_file_does_not_grow(monkeypatch):
+    monkeypatch.undo()
+    assert kernels(quantized(STEMS["vgg"])[0]) == (0, 0)
+    deep = nn.Sequential(nn.Conv2d(3, 8, 3, padding=1), nn.Conv2d(8, 128, 3), nn.ReLU(), nn.Conv2d(128, 64, 3))
+    assert kernels(quantized(deep)[0]) == (1, 1)
+
+
+def test_zeros_are_no_work():
+    """The share of MACs on integers is that of the model."""
+    program, _ = quantized(STEMS["vgg"])
+    plain, _ = quantized(STEMS["vgg"], target=dataclasses.replace(TARGET, stem_columns=1))
+    assert [c for _, c in node_macs(lower(program))] == [c for _, c in node_macs(lower(plain))]
 
 
 def quantized(module, width=16, target=TARGET):

@@ -240,8 +240,12 @@ def test_what_is_fitted_behind_refines_the_result(poisoned):
     kept = [t for t in trials if t["kept_float"]]
     assert artifact.kept
     fitted = ["correct-bias" in t["pipeline"] for t in kept]
-    assert fitted == sorted(fitted), "first without, then with"
-    assert fitted[-1]
+    before = kept[: fitted.index(True)]
+    found = [t for t in before if t["metric"] >= 1 - 0.06]
+    assert found, "first without"
+    refined = kept[len(before)]
+    assert refined["kept_float"] in [t["kept_float"] for t in found], "then with, from what was found"
+    assert any(fitted[len(before) + 1 :]), "and on from there"
 
 
 # -- options and faults --------------------------------------------------------------------------------------------

@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 import fxpress
+from fxpress.backends.coverage import node_macs
 from fxpress.backends.onnx.lower import lower
 from fxpress.backends.targets import load_target
 from fxpress.passes.base import Context
@@ -19,7 +20,7 @@ from fxpress.runtime.layers import check_layers
 from fxpress.runtime.session import make_session
 
 TARGET = load_target("ort-x86")
-WIDTH = 10
+WIDTH = 12
 
 
 class Gated(nn.Module):
@@ -127,6 +128,7 @@ def test_depthwise_convolutions_are_widened(name, tmp_path):
         assert (there == same).all()
         torch.testing.assert_close(torch.from_numpy(there), wanted[:batch])
     assert check_layers(program, (x,)).max_steps == 0
+    assert sorted(c for _, c in node_macs(lower(program))) == sorted(c for _, c in node_macs(lower(plain)))
     make_session(lower(program), optimized_path=tmp_path / "run.onnx")
     ops = [n.op_type for n in onnx.load(tmp_path / "run.onnx").graph.node]
     assert not {"Conv", "FusedConv"} & set(ops)

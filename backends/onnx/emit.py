@@ -17,6 +17,8 @@ from torch import fx
 
 from ...errors import LoweringError
 from ...frontend.program import layer_name, source_of
+from ...passes.rewrite import WORK
+from .part import NODE, SHARE
 from .sizes import Size, emit_expression, emit_float, is_one, same_shape, same_size
 
 DTYPES: dict[torch.dtype, ir.DataType] = {
@@ -88,7 +90,9 @@ class Emitter:
         self.node = node
         self._layer = layer_name(node)
         source = source_of(node)
-        self._metadata = {"fxpress.node": node.name} | ({"fxpress.source": source} if source else {})
+        self._metadata = {NODE: node.name} | ({"fxpress.source": source} if source else {})
+        if share := (node.meta.get("custom") or {}).get(WORK):
+            self._metadata[SHARE] = repr(share)
 
     @property
     def result(self) -> torch.Tensor:

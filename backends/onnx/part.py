@@ -16,6 +16,7 @@ import numpy as np
 import onnx
 from onnx import TensorProto
 
+SHARE = "fxpress.work"  # the metadata of an ONNX node of whose multiply-adds the model has only so many
 NODE = "fxpress.node"  # the metadata of an ONNX node that names the node of the program
 _SMALL = 128  # bytes: shapes and axes
 _FEW = 4  # float numbers: factors of a Resize, an exponent, the bounds of a Clip

@@ -24,15 +24,30 @@ import torch
 from torch import fx
 
 from ...frontend.program import Program
-from ..rewrite import argument, aten, call_after, call_before, constant, find, is_op, put_constant
+from ..rewrite import argument, aten, call_after, call_before, constant, find, is_op, put_constant, share_work
 
 _MOST_CHANNELS = 4
+_MOST_GROWTH = 0.05  # of the file
 _ACTIVATIONS = (aten.relu.default, aten.hardtanh.default)
 
 
 def stems_for_columns(program: Program, count: int) -> list[fx.Node]:
-    """All stems that can be computed for `count` columns at once."""
-    return [n for n in find(program, aten.conv2d.default) if _is_stem(n, count)]
+    """All stems that can be computed for `count` columns at once, and whose zeros are a small part of the weights."""
+    most = _MOST_GROWTH * sum(t.nbytes for t in program.state_dict().values())
+    stems = [n for n in find(program, aten.conv2d.default) if _is_stem(n, count)]
+    return [n for n in stems if _growth(n, count) <= most]
+
+
+def _growth(conv: fx.Node, count: int) -> float:
+    """The zeros that a stem gets, in bytes."""
+    shape = conv.args[1].meta["val"].shape  # type: ignore[union-attr]
+    first, last = _reach(int(argument(conv, "padding")[-1]), shape[3], count)
+    return float(math.prod(shape) * (count * count * (last - first + 1) / shape[3] - 1))
+
+
+def _reach(pad: int, kernel: int, count: int) -> tuple[int, int]:
+    """The first and the last group that a group of outputs reads, relative to its own."""
+    return math.floor(-pad / count), math.floor((count - 1 + kernel - 1 - pad) / count)
 
 
 def _is_stem(conv: fx.Node, count: int) -> bool:
@@ -90,6 +105,7 @@ def rewrite_columns(program: Program, conv: fx.Node, count: int) -> None:
     stored = put_constant(program, f"{weight.args[0].target}_columns", wide, conv)  # type: ignore[union-attr]
     conv.args = (x, _per_channel(program, weight, stored, count, conv), _bias(program, bias, count, conv))
     conv.kwargs = {}
+    share_work(conv, integers.shape[3] / (count * wide.shape[3]))
     for node in _chain(conv):
         node.meta["val"] = form
     for end in ends:
@@ -129,7 +145,7 @@ def widened(weight: torch.Tensor, pad: int, count: int) -> tuple[torch.Tensor, i
     """Weights [O, C, K, L] of a convolution with stride 1 and padding `pad` in width as [G O, G C, K, L'] over groups
     of G = `count` columns; and the padding, in groups, before and after."""
     kernel = weight.shape[3]
-    first, last = math.floor(-pad / count), math.floor((count - 1 + kernel - 1 - pad) / count)
+    first, last = _reach(pad, kernel, count)
     outputs, channels = weight.shape[:2]
     wide = weight.new_zeros((count, outputs, count, channels, weight.shape[2], last - first + 1))
     for r in range(count):
