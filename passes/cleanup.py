@@ -10,7 +10,18 @@ from torch import fx
 
 from ..frontend.program import Program
 from .base import INTERFACE, VALUES, Change, Context, Pass, register_pass
-from .rewrite import argument, aten, constant, erase_dead, find, is_constant, put_constant, replace, set_argument
+from .rewrite import (
+    SAME_VALUES,
+    argument,
+    aten,
+    constant,
+    erase_dead,
+    find,
+    is_constant,
+    put_constant,
+    replace,
+    set_argument,
+)
 
 _DROPOUTS = {
     aten.dropout.default,
@@ -101,20 +112,13 @@ def drop_masks(program: Program) -> int:
     dropped = 0
     for node in find(program, aten.scaled_dot_product_attention.default):
         mask = argument(node, "attn_mask")
-        while isinstance(mask, fx.Node) and mask.target in _SAME_VALUES:
+        while isinstance(mask, fx.Node) and mask.target in SAME_VALUES:
             mask = mask.args[0]
         known = constant(program, mask) if is_constant(mask) else None
         if known is not None and bool(known.all() if known.dtype is torch.bool else (known == 0).all()):
             set_argument(node, "attn_mask", None)
             dropped += 1
     return dropped
-
-
-# The values of their first argument, in another shape.
-_SAME_VALUES = {
-    *(aten.expand.default, aten.view.default, aten.reshape.default, aten.unsqueeze.default, aten.squeeze.dim),
-    *(aten.slice.Tensor, aten.permute.default, aten.transpose.int),
-}
 
 
 def fold_constants(program: Program, max_mb: float) -> int:

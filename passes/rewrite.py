@@ -97,6 +97,13 @@ def _with_meta(new: fx.Node, origin: fx.Node, value: Any) -> fx.Node:
     return new
 
 
+# Ops that give the values of their first argument in another shape.
+SAME_VALUES = frozenset(
+    {
+        *(aten.expand.default, aten.view.default, aten.reshape.default, aten.unsqueeze.default, aten.squeeze.dim),
+        *(aten.slice.Tensor, aten.permute.default, aten.transpose.int),
+    }
+)
 WORK = "work"  # in meta["custom"]: the share of a node's multiply-adds that the model has; the others are by zeros
 
 

@@ -16,7 +16,7 @@ from dataclasses import dataclass, field, fields
 import onnx
 
 from ..backends.onnx.lower import lower
-from ..backends.onnx.part import Parts, node_of, signature
+from ..backends.onnx.part import CONVERSIONS, Parts, node_of, signature
 from ..frontend.program import Program, describe_tensors
 from ..passes.base import Context, Pass
 from ..passes.prune.budgets.units import at_batch_one, find_units
@@ -31,7 +31,6 @@ from .probes import PROBE, probed
 
 _METHOD = "part-3"  # how parts are timed: figures that were measured otherwise are not taken
 _LAYOUT = frozenset({"ReorderInput", "ReorderOutput"})
-_CONVERSIONS = frozenset({"QuantizeLinear", "DequantizeLinear"})
 
 
 @dataclass
@@ -66,7 +65,7 @@ class PartClock:
         between = model is not part
         own = {n.name for n in model.graph.node}
         outer = {v.name for v in (*model.graph.input, *model.graph.output)}
-        borders = {n.name for n in model.graph.node if n.op_type in _CONVERSIONS and _turns_float(n) in outer}
+        borders = {n.name for n in model.graph.node if n.op_type in CONVERSIONS and _turns_float(n) in outer}
 
         def ignored(op: str, node: str) -> bool:
             if op in _LAYOUT or node in borders or node.startswith(PROBE):

@@ -20,7 +20,7 @@ SHARE = "fxpress.work"  # the metadata of an ONNX node of whose multiply-adds th
 NODE = "fxpress.node"  # the metadata of an ONNX node that names the node of the program
 _SMALL = 128  # bytes: shapes and axes
 _FEW = 4  # float numbers: factors of a Resize, an exponent, the bounds of a Clip
-_CONVERSIONS = frozenset({"QuantizeLinear", "DequantizeLinear"})
+CONVERSIONS = frozenset({"QuantizeLinear", "DequantizeLinear"})
 _LARGE = 4096  # bytes: initializers above are not needed to infer shapes
 
 
@@ -107,7 +107,7 @@ def signature(model: onnx.ModelProto) -> str:
     """A text that is equal for models which the runtime computes alike: ops, attributes, shapes, small constants, but
     neither names nor weights nor scales."""
     numbers: dict[str, int] = {}
-    scales = {n.input[1] for n in model.graph.node if n.op_type in _CONVERSIONS}
+    scales = {n.input[1] for n in model.graph.node if n.op_type in CONVERSIONS}
     lines = [f"{list(_dims(v))}:{v.type.tensor_type.elem_type}" for v in model.graph.input]
     for value in model.graph.input:
         numbers[value.name] = len(numbers)
@@ -132,9 +132,9 @@ def _first_use(model: onnx.ModelProto, name: str) -> tuple[int, int]:
 def _content(tensor: TensorProto) -> str:
     """Shapes, axes, factors and exponents, and which zero points are the smallest number (a Relu before one vanishes);
     weights have no part in the choice of a kernel."""
-    if tensor.data_type == TensorProto.INT64 and tensor.ByteSize() <= _SMALL:
-        return str(onnx.numpy_helper.to_array(tensor).ravel().tolist())
-    if tensor.data_type == TensorProto.FLOAT and math.prod(tensor.dims) <= _FEW:
+    shape = tensor.data_type == TensorProto.INT64 and tensor.ByteSize() <= _SMALL
+    factor = tensor.data_type == TensorProto.FLOAT and math.prod(tensor.dims) <= _FEW
+    if shape or factor:
         return str(onnx.numpy_helper.to_array(tensor).ravel().tolist())
     if tensor.data_type in (TensorProto.UINT8, TensorProto.INT8) and not tensor.dims:
         value = onnx.numpy_helper.to_array(tensor)

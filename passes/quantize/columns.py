@@ -120,9 +120,11 @@ def _together(node: object, count: int) -> torch.Tensor:
 
 
 def _bias(program: Program, bias: fx.Node | None, count: int, before: fx.Node) -> fx.Node | None:
-    if bias is None or not is_op(bias, torch.ops.fxpress.dequantize_channel.default):
-        return bias if bias is None else _repeated(program, bias, count, before)
-    return _per_channel(program, bias, _repeated(program, bias.args[0], count, before), count, before)
+    if bias is None:
+        return None
+    if is_op(bias, torch.ops.fxpress.dequantize_channel.default):
+        return _per_channel(program, bias, _repeated(program, bias.args[0], count, before), count, before)
+    return _repeated(program, bias, count, before)
 
 
 def _per_channel(program: Program, old: fx.Node, stored: fx.Node, count: int, before: fx.Node) -> fx.Node:

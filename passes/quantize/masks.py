@@ -18,7 +18,7 @@ import torch
 from torch import fx
 
 from ...frontend.program import Program, get_attribute
-from ..rewrite import argument, aten, call_before, find, put_constant, replace
+from ..rewrite import SAME_VALUES, argument, aten, call_before, find, put_constant, replace
 from .spec import KEPT_FLOAT, USE_INTEGER
 
 _HIDES = -80.0  # numbers from here down are meant to hide: exp of them is close to the smallest normal float32
@@ -26,11 +26,7 @@ _NOTHING = -60.0
 _LOWEST = torch.finfo(torch.float32).min
 # These take nothing but a dtype and a device from the tensor that they read.
 _CREATIONS = (aten.new_zeros.default, aten.new_ones.default, aten.new_full.default)
-_MOVES = (
-    aten.view.default, aten.reshape.default, aten.permute.default, aten.transpose.int, aten.expand.default,
-    aten.unsqueeze.default, aten.squeeze.dim, aten.slice.Tensor, aten.clone.default, aten._to_copy.default,
-    aten.to.dtype,
-)  # fmt: skip
+_MOVES = SAME_VALUES | {aten.clone.default, aten._to_copy.default, aten.to.dtype}
 _CHOICES = (aten.where.self, aten.where.Scalar, aten.where.ScalarSelf, aten.where.ScalarOther)
 _SUMS = (aten.add.Tensor, aten.sub.Tensor, aten.minimum.default)
 

@@ -16,7 +16,7 @@ import torch
 from torch import fx
 
 from ...frontend.program import Program
-from ..rewrite import argument, aten, constant, find, is_op, put_constant, set_argument, share_work
+from ..rewrite import argument, aten, call_before, constant, find, is_op, put_constant, set_argument, share_work
 
 _CONVOLUTION = aten.conv2d.default
 # What computes each channel from the same channel of what it reads.
@@ -141,7 +141,5 @@ def _pad_constant(program: Program, conv: fx.Node, position: int, more: int, out
         # Those of a channel that is there: the scale of a bias must be that of the input times that of the weights.
         padded = torch.cat([scales, scales[-1:].expand(more)])
         said = put_constant(program, f"{old.args[1].target}_wide", padded, old)  # type: ignore[union-attr]
-    with program.graph.inserting_before(old):
-        new = program.graph.call_function(torch.ops.fxpress.dequantize_channel.default, (stored, said, *old.args[2:]))
-    new.meta = {k: v for k, v in old.meta.items() if k != "val"} | {"val": stored.meta["val"].to(torch.float32)}
-    conv.update_arg(position, new)
+    form = stored.meta["val"].to(torch.float32)
+    conv.update_arg(position, call_before(old, old.target, stored, said, *old.args[2:], value=form))  # type: ignore[arg-type]

@@ -233,9 +233,8 @@ def divided(program: Program, batches: Iterable[Batch]) -> Iterator[tuple[Batch,
 
     It is the same examples however the data are batched. Where the batch is fixed, every fifth batch is held out.
     """
-    start = 0
+    start, fixed = 0, batch_name(program.inputs) is None
     for number, batch in enumerate(batches):
-        fixed = batch_name(program.inputs) is None
         index = torch.arange(start, start + (1 if fixed else count_examples(program.inputs, batch)))
         start += len(index)
         for held in (False, True):
