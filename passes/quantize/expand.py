@@ -38,9 +38,9 @@ def expand_program(program: Program, target: Target) -> int:
         before = node.prev
         expanded = expansion.write(program, node)
         if expanded is not None:
-            _inherit(before, node)
+            inherit(before, node)
             # The report compares with the float program, which has the node under its old name.
-            _name(expanded, node.name)
+            name_after(expanded, node.name)
             replace(node, expanded)
             count += 1
     return count
@@ -83,16 +83,17 @@ def concerns(form: str, node: fx.Node, target: Target) -> bool:
     return any(r.form == form and r.declines(node) is None for r in target.rows_about(node))
 
 
-def _inherit(before: fx.Node, node: fx.Node) -> None:
+def inherit(before: fx.Node, node: fx.Node) -> None:
     """What the user said of `node` holds for the nodes between `before` and it, which were written for it."""
-    if node.meta.get(USE_INTEGER):
-        new = node.prev
-        while new is not before:
-            new.meta[USE_INTEGER] = True
-            new = new.prev
+    said = {key: True for key in (KEPT_FLOAT, USE_INTEGER) if node.meta.get(key)}
+    new = node.prev
+    while new is not before:
+        new.meta.update(said)
+        new = new.prev
 
 
-def _name(node: fx.Node, float_name: str) -> None:
+def name_after(node: fx.Node, float_name: str) -> None:
+    """Note which node of the float program has these values."""
     node.meta["custom"] = {**node.meta.get("custom", {}), "float_name": float_name}
 
 
@@ -211,7 +212,7 @@ def _tokens(program: Program, node: fx.Node) -> fx.Node | None:
         matrix = call_before(
             node, aten.reshape.default, tokens, [-1, form.shape[-1]], value=form.reshape(-1, form.shape[-1])
         )
-        _name(matrix, tokens.name)
+        name_after(matrix, tokens.name)
     flat = value.reshape(-1, value.shape[-1])
     product = call_before(node, aten.linear.default, matrix, *node.args[1:], value=flat)
     return call_before(node, aten.reshape.default, product, [*lead, value.shape[-1]])
@@ -224,23 +225,33 @@ def _shared_matrix(tokens: fx.Node, node: fx.Node) -> fx.Node | None:
     return next(found, None)
 
 
+def attention_scores(node: fx.Node) -> fx.Node | None:
+    """The scores of attention before its mask, written before it; None where their scale is not known."""
+    query, key = node.args[:2]
+    wide, tall = query.meta["val"], key.meta["val"]  # type: ignore[union-attr]
+    width, factor = wide.shape[-1], argument(node, "scale")
+    if factor is None and isinstance(width, int):
+        factor = 1 / math.sqrt(width)
+    if not isinstance(factor, (int, float)):
+        return None
+    scaled = call_before(node, aten.mul.Tensor, query, factor, value=wide)
+    keys = call_before(node, aten.transpose.int, key, -2, -1, value=tall.transpose(-2, -1))
+    return call_before(node, aten.matmul.default, scaled, keys, value=torch.matmul(wide, keys.meta["val"]))
+
+
 def _attention(program: Program, node: fx.Node) -> fx.Node | None:
     """The scale goes to the queries, which are fewer than the scores. Grouped queries and causal masks stay."""
-    query, key, value = node.args[:3]
+    value = node.args[2]
     if argument(node, "dropout_p") or argument(node, "is_causal") or argument(node, "enable_gqa"):
         return None
     mask = argument(node, "attn_mask")
-    forms = [n.meta["val"] for n in (query, key, value)]  # type: ignore[union-attr]
-    if (mask is not None and not mask.meta["val"].is_floating_point()) or not isinstance(forms[0].shape[-1], int):
+    width = node.args[0].meta["val"].shape[-1]  # type: ignore[union-attr]
+    if (mask is not None and not mask.meta["val"].is_floating_point()) or not isinstance(width, int):
         return None
-    scale = argument(node, "scale")
-    factor = 1 / math.sqrt(forms[0].shape[-1]) if scale is None else scale
-    if not isinstance(factor, (int, float)):
+    scores = attention_scores(node)
+    if scores is None:
         return None
-    scaled = call_before(node, aten.mul.Tensor, query, factor, value=forms[0])
-    keys = call_before(node, aten.transpose.int, key, -2, -1, value=forms[1].transpose(-2, -1))
-    form = torch.matmul(forms[0], forms[1].transpose(-2, -1))
-    scores = call_before(node, aten.matmul.default, scaled, keys, value=form)
+    form = scores.meta["val"]
     if mask is not None:
         scores = call_before(node, aten.add.Tensor, scores, mask, value=form)
     weights = call_before(node, aten.softmax.int, scores, -1, value=form)

@@ -19,7 +19,7 @@ from torch import fx
 
 from ...frontend.program import Program, get_attribute
 from ..rewrite import SAME_VALUES, argument, aten, call_before, find, put_constant, replace
-from .spec import KEPT_FLOAT, USE_INTEGER
+from .expand import attention_scores, inherit, name_after
 
 _HIDES = -80.0  # numbers from here down are meant to hide: exp of them is close to the smallest normal float32
 _NOTHING = -60.0
@@ -59,11 +59,9 @@ def _shielded(before: fx.Node, scores: Any, largest: fx.Node) -> fx.Node:
 
 def _write_out(program: Program, node: fx.Node, known: dict[fx.Node, fx.Node]) -> bool:
     """Attention with a mask as products and a shielded softmax. `known` are the biases of masks met before."""
-    query, key, value = node.args[:3]
+    value, start = node.args[2], node.prev
     mask, causal = argument(node, "attn_mask"), argument(node, "is_causal")
-    forms = [n.meta["val"] for n in (query, key, value)]  # type: ignore[union-attr]
-    width, scale = forms[0].shape[-1], argument(node, "scale")
-    factor = 1 / math.sqrt(width) if scale is None and isinstance(width, int) else scale
+    forms = [n.meta["val"] for n in node.args[:3]]  # type: ignore[union-attr]
     lengths = (forms[0].shape[-2], forms[1].shape[-2])
     if (
         (mask is None and not causal)
@@ -71,10 +69,11 @@ def _write_out(program: Program, node: fx.Node, known: dict[fx.Node, fx.Node]) -
         or any(f.dtype is not torch.float32 for f in forms)
         or argument(node, "dropout_p")
         or argument(node, "enable_gqa")
-        or not isinstance(factor, (int, float))
     ):
         return False
-    start = node.prev
+    scores = attention_scores(node)
+    if scores is None:
+        return False
     biases = []
     if mask is not None:
         if mask not in known:
@@ -83,9 +82,6 @@ def _write_out(program: Program, node: fx.Node, known: dict[fx.Node, fx.Node]) -
     if causal:
         later = torch.full(lengths, -math.inf).triu(1)  # query i looks at keys up to i
         biases.append(put_constant(program, f"mask.{node.name}", later, node))
-    scaled = call_before(node, aten.mul.Tensor, query, factor, value=forms[0])
-    keys = call_before(node, aten.transpose.int, key, -2, -1, value=forms[1].transpose(-2, -1))
-    scores = call_before(node, aten.matmul.default, scaled, keys, value=torch.matmul(forms[0], keys.meta["val"]))
     for bias in biases:
         form = scores.meta["val"]
         scores = call_before(node, aten.add.Tensor, scores, bias, value=form)
@@ -97,11 +93,8 @@ def _write_out(program: Program, node: fx.Node, known: dict[fx.Node, fx.Node]) -
         one = largest.meta["val"]
         blind = call_before(node, aten.eq.Scalar, largest, -math.inf, value=torch.empty_like(one, dtype=torch.bool))
         mixed = call_before(node, aten.masked_fill.Scalar, mixed, blind, 0.0)
-    mixed.meta["custom"] = {**mixed.meta.get("custom", {}), "float_name": node.name}
-    said, at = {k: v for k in (KEPT_FLOAT, USE_INTEGER) if (v := node.meta.get(k))}, mixed
-    while at is not start:
-        at.meta.update(said)
-        at = at.prev
+    inherit(start, node)
+    name_after(mixed, node.name)
     replace(node, mixed)
     return True
 
