@@ -68,3 +68,28 @@ def test_such_programs_are_compiled(module, inputs, pipeline):
 def test_such_programs_stay_in_float():
     for module, inputs in ((Masked(), MASKED), (Scaled(), SCALED)):
         assert fxpress.compile(module, inputs, recipe="float").report["parity"]["batches"] == [1, 2, 5]
+
+
+class Inside(nn.Module):
+    """The batch is the second dim between two layers: [tokens, batch, features]."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.one, self.two = nn.Linear(8, 16), nn.Linear(16, 8)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.two(torch.relu(self.one(x.transpose(0, 1)))).transpose(0, 1)
+
+
+def test_ranges_do_not_depend_on_batching_where_the_batch_is_inside():
+    """The average of the samples' own ranges: 24 tokens are no samples."""
+    torch.manual_seed(0)
+    x = torch.randn(24, 24, 8) * torch.linspace(0.2, 4, 24)[:, None, None]
+    program = fxpress.capture(Inside(), x[:2])
+    found = []
+    for size in (1, 3, 12):
+        quantized = fxpress.quantize(program, x.split(size), ranges="moving-average")
+        nodes = [n for n in quantized.graph.nodes if str(n.target) == "fxpress.quantize.default"]
+        found.append([n.args[1] for n in nodes])
+    assert found[0] == pytest.approx(found[1], rel=1e-5)
+    assert found[0] == pytest.approx(found[2], rel=1e-5)
