@@ -23,7 +23,8 @@ class Peak:
 
 @contextlib.contextmanager
 def peak_memory() -> Iterator[Peak]:
-    """Measure the peak resident set within the block; on systems other than Linux, the peak of the process so far.
+    """Measure the peak resident set within the block; where the system cannot reset its mark (only Linux can), that of
+    the process so far.
 
     Blocks may lie within one another: the system knows one mark for all, so that it is noted before it is reset.
     """
