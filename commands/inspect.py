@@ -49,8 +49,9 @@ def show_fallback(found: dict[str, Any]) -> None:
     """What the search under --max-drop found: what each share of float buys, and the points that cost most."""
     kept = "kept" if found["met"] else "not kept"
     say(f"allowed drop {found['allowed_drop']:.4f}: {kept}, {len(found['trials'])} trials")
-    curve = [(percent(p["float_macs_share"]), f"{p['drop']:.4f}") for p in found["curve"]]
-    show_table("what MACs in float buy", ("in float", "drop"), curve, right=(0, 1))
+    shares = ("float_macs_share", "int16_macs_share")
+    curve = [(*(percent(p.get(k, 0.0)) for k in shares), f"{p['drop']:.4f}") for p in found["curve"]]
+    show_table("what MACs in float and in 16 bits buy", ("in float", "16 bits", "drop"), curve, right=(0, 1, 2))
     rows = [
         (p["name"], p["kind"], decibel(p["sqnr_alone_db"]), decibel(p["sqnr_without_db"]), count(p["macs"]))
         for p in found["sensitivity"][:_SHOWN]

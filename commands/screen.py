@@ -75,9 +75,9 @@ def show_report(report: dict[str, Any]) -> None:
     islands = len(coverage["float_islands"])
     left = f"; {islands} float island{'s' * (islands != 1)}, see the report" if islands else ""
     say(f"{percent(coverage['integer_macs'])} of the MACs in integer kernels{left}")
-    kept = (report.get("fallback") or {}).get("kept_float")
-    if kept:
-        say(f"in float so that the metric falls no further than allowed: {', '.join(kept)}")
+    for key, where in (("kept_float", "float"), ("kept_int16", "16 bits")):
+        if kept := (report.get("fallback") or {}).get(key):
+            say(f"in {where} so that the metric falls no further than allowed: {', '.join(kept)}")
     for effect in (report["pruning"] or {}).get("effects", ()):
         say(effect)
     for promise in report["promises"]:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -23,8 +24,10 @@ from ..passes.base import Context, Pass
 from ..passes.pipeline import print_pipeline
 from ..passes.quantize.passes import Annotate, Calibrate, Fold, Observe
 from ..passes.quantize.placement.fallback import (
+    FACTS,
     Budget,
     Exhausted,
+    Instead,
     Search,
     Setting,
     Trial,
@@ -67,7 +70,7 @@ class Allowance:
 class Outcome:
     """What a search found: the passes that replace those from quantization on, all trials, and why it ended early.
 
-    `kept` names what stays in float because of it.
+    `kept` names what stays in float, and what has 16 bits, because of it.
     """
 
     passes: list[Pass]
@@ -76,7 +79,7 @@ class Outcome:
     total_macs: int
     trials: list[Trial]
     sensitivity: list[Sensitivity] = field(default_factory=list)
-    kept: list[str] = field(default_factory=list)
+    kept: dict[Instead, list[str]] = field(default_factory=lambda: {"float": [], "int16": []})
     notes: list[str] = field(default_factory=list)
 
     @property
@@ -164,7 +167,7 @@ def find_allowed(
     first: Metric | FxpressError,
     lossless: bool = True,
 ) -> Outcome:
-    """Search for the fewest MACs in float that keep the allowance.
+    """Search for the fewest MACs in float (or, where the target has them, in 16 bits) that keep the allowance.
 
     `floating` is the program before `tail`, the passes from quantization on; `first` is what judging the whole pipeline
     gave. `context.judge` judges the trials. Raises the error of `first` where no trial could be judged at all.
@@ -193,7 +196,8 @@ def find_allowed(
     if outcome.best is not search.trials[0]:
         setting = trials.simplified(outcome.best.setting)
         outcome.best = dataclasses.replace(outcome.best, setting=setting)
-        outcome.passes, outcome.kept = trials.passes(setting), trials.globs(setting.kept)
+        outcome.passes = trials.passes(setting)
+        outcome.kept = {instead: trials.added(setting, options, instead) for instead in ("float", "int16")}
     return outcome
 
 
@@ -206,14 +210,38 @@ def _search(search: Search, trials: Trials, options: str, outcome: Outcome, loss
     search.hopeless = not lossless and _float_falls(trials, outcome.allowance)
     if search.hopeless:
         return
+    if trials.has_int16:
+        _leave_eight_bits(search, trials, options, outcome, "int16")
+        if search.meets(search.best):
+            return
+        options = _better(search, options, trials.with_int16(options))
+    _leave_eight_bits(search, trials, options, outcome, "float")
+    if trials.has_int16 and search.best is not None and search.meets(search.best):
+        narrow = trials.with_eight_bits(trials.simplified(search.best.setting))
+        _leave_eight_bits(search, trials, narrow, outcome, "int16")
+
+
+def _leave_eight_bits(search: Search, trials: Trials, options: str, outcome: Outcome, instead: Instead) -> None:
+    """Find the fewest MACs that must be in float, or in 16 bits."""
     fast = trials.settled(without_fitting(options))
-    outcome.sensitivity = trials.sensitivities(fast)
-    path = float_path(outcome.sensitivity, trials.macs)
-    grow(search, fast, path)
-    give_back(search, outcome.sensitivity, trials.macs)
+    points = trials.sensitivities(fast)
+    outcome.sensitivity = outcome.sensitivity or points
+    if instead == "int16":  # weights have 8 bits all the same
+        widened = trials.widened(fast)
+        points = [p for p in points if p.kind == "activation" and p.operations & widened]
+    path = float_path(points, trials.macs)
+    grow(search, Setting(fast, instead=instead), path)
+    give_back(search, points, trials.macs)
     if without_fitting(options) != options:
-        refine(search, options, path)
-    give_back_singly(search, outcome.sensitivity, trials.macs)
+        refine(search, Setting(options, instead=instead), path)
+    give_back_singly(search, points, trials.macs)
+
+
+def _better(search: Search, first: str, second: str) -> str:
+    """The options with the better metric."""
+    metrics = [search.judge(Setting(options)).metric for options in (first, second)]
+    one, other = (-math.inf if m is None else m for m in metrics)
+    return second if other > one else first
 
 
 def _float_falls(trials: Trials, allowance: Allowance) -> bool:
@@ -226,19 +254,19 @@ def _float_falls(trials: Trials, allowance: Allowance) -> bool:
 
 
 def _first_trial(trials: Trials, options: str, first: Metric | FxpressError) -> Trial:
-    float_macs = trials.float_macs(Setting(options))
+    macs = trials.other_macs(Setting(options))
     if isinstance(first, FxpressError):
-        return Trial(Setting(options), None, float_macs, 0.0, first.message)
-    return Trial(Setting(options), first.value, float_macs, 0.0)
+        return Trial(Setting(options), None, *macs, 0.0, first.message)
+    return Trial(Setting(options), first.value, *macs, 0.0)
 
 
-def _attempt(trials: Trials, context: Context) -> Callable[[Setting], tuple[float, int]]:
+def _attempt(trials: Trials, context: Context) -> Callable[[Setting], tuple[float, int, int]]:
     judge = context.judge
     assert judge is not None
 
-    def attempt(setting: Setting) -> tuple[float, int]:
-        program, float_macs = trials.make(setting)
-        return judge(program), float_macs
+    def attempt(setting: Setting) -> tuple[float, int, int]:
+        program, floats, wide = trials.make(setting)
+        return judge(program), floats, wide
 
     return attempt
 
@@ -250,7 +278,7 @@ def _fingerprint(floating: Program, context: Context, allowance: Allowance) -> s
     versions = (__version__, torch.__version__, onnxruntime.__version__, processor_kind())
     target = context.target
     formats = (target.name, str(target.activation), str(target.weight)) if target else ()
-    return fingerprint(floating, context.calibration or (), *facts, *versions, *formats, context.seed)
+    return fingerprint(floating, context.calibration or (), *facts, *versions, *formats, *FACTS, context.seed)
 
 
 def can_fall_back(passes: Sequence[Pass]) -> bool:

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from ..passes.pipeline import print_pipeline
-from ..passes.quantize.placement.fallback import Trial
+from ..passes.quantize.placement.fallback import FACTS, Trial
 from ..passes.quantize.placement.sensitivity import Sensitivity
 from .allowance import Outcome
 
@@ -19,16 +19,16 @@ def describe(outcome: Outcome) -> list[str]:
     change = "as asked" if best is first else print_pipeline(outcome.passes) or "none, all stays in float"
     judged = f"{len(outcome.trials)} trials, {sum(t.seconds for t in outcome.trials):.0f} s"
     verdict = "the allowance is kept" if outcome.met else "the allowance could not be kept"
-    share = best.float_macs / outcome.total_macs if outcome.total_macs else 0.0
     notes = [
-        f"{verdict}: drop {_drop(first, outcome)} as asked, {_drop(best, outcome)} with {share:.1%} of the MACs in "
-        f"float (allowed {outcome.allowance.drop:.4f}; {judged})",
+        f"{verdict}: drop {_drop(first, outcome)} as asked, {_drop(best, outcome)} with "
+        f"{shares_text(_shares(best, outcome))} (allowed {outcome.allowance.drop:.4f}; {judged})",
         f"the pipeline from quantization on: {change}",
     ]
-    if outcome.kept:
-        notes.append(f"in float because of the allowance: {_listed(outcome.kept)}")
-    points = [f"{p['float_macs_share']:.1%} -> {p['drop']:.4f}" for p in curve(outcome)]
-    notes.append(f"MACs in float -> drop: {', '.join(points)}")
+    for instead, where in (("float", "float"), ("int16", "16 bits")):
+        if names := outcome.kept[instead]:  # type: ignore[index]
+            notes.append(f"in {where} because of the allowance: {_listed(names)}")
+    points = [f"{shares_text(p)} -> {p['drop']:.4f}" for p in curve(outcome)]
+    notes.append(f"what it takes -> drop: {', '.join(points)}")
     failed = [t for t in outcome.trials if t.metric is None]
     if failed:
         notes.append(f"{len(failed)} trials could not be judged: {failed[-1].error}")
@@ -45,15 +45,28 @@ def _listed(names: Sequence[str]) -> str:
 
 
 def curve(outcome: Outcome) -> list[dict[str, float]]:
-    """What each share of the MACs in float buys: the trials that no cheaper one beats, the cheapest first."""
+    """What each share of the MACs in float (then in 16 bits) buys: the trials that no cheaper one beats, the cheapest
+    first."""
     points: list[dict[str, float]] = []
-    total = max(outcome.total_macs, 1)
-    judged = [(t.float_macs, -t.metric) for t in outcome.trials if t.metric is not None]
-    for macs, negative in sorted(judged):
-        drop = outcome.allowance.before.value + negative
+    before, trials = outcome.allowance.before.value, outcome.trials
+    judged = [(t.float_macs, t.int16_macs, before - t.metric, t) for t in trials if t.metric is not None]
+    for _, _, drop, trial in sorted(judged, key=lambda row: row[:3]):
         if not points or drop < points[-1]["drop"]:
-            points.append({"float_macs_share": macs / total, "drop": drop})
+            points.append({**_shares(trial, outcome), "drop": drop})
     return points
+
+
+def _shares(trial: Trial, outcome: Outcome) -> dict[str, float]:
+    total = max(outcome.total_macs, 1)
+    return {"float_macs_share": trial.float_macs / total, "int16_macs_share": trial.int16_macs / total}
+
+
+def shares_text(shares: dict[str, float]) -> str:
+    """The MACs that are not on 8 bits, for people: "3.0% of the MACs in float", with those in 16 bits where there are
+    any."""
+    wide = shares["int16_macs_share"]
+    also = f" and {wide:.1%} in 16 bits" if wide else ""
+    return f"{shares['float_macs_share']:.1%} of the MACs in float{also}"
 
 
 def as_json(outcome: Outcome) -> dict[str, Any]:
@@ -61,8 +74,9 @@ def as_json(outcome: Outcome) -> dict[str, Any]:
     return {
         "allowed_drop": outcome.allowance.drop,
         "met": outcome.met,
-        "kept_float": outcome.kept,
-        "float_macs_share": outcome.best.float_macs / max(outcome.total_macs, 1),
+        "kept_float": outcome.kept["float"],
+        "kept_int16": outcome.kept["int16"],
+        **_shares(outcome.best, outcome),
         "curve": curve(outcome),
         "trials": [_trial_json(t) for t in outcome.trials],
         "sensitivity": [_point_json(s) for s in outcome.sensitivity],
@@ -70,9 +84,10 @@ def as_json(outcome: Outcome) -> dict[str, Any]:
 
 
 def _trial_json(trial: Trial) -> dict[str, Any]:
-    row = {"pipeline": trial.setting.options, "kept_float": sorted(trial.setting.kept)}
-    fields = ("metric", "float_macs", "seconds", "error")
-    return {**row, **{name: getattr(trial, name) for name in fields}}
+    kept = {"float": "kept_float", "int16": "kept_int16"}
+    names = {key: sorted(trial.setting.kept) if trial.setting.instead == k else [] for k, key in kept.items()}
+    row = {"pipeline": trial.setting.options, **names}
+    return {**row, **{name: getattr(trial, name) for name in FACTS}}
 
 
 def _point_json(point: Sensitivity) -> dict[str, Any]:

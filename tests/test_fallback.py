@@ -41,8 +41,8 @@ def noise_left(points: list[Spot], kept: frozenset[str]) -> float:
 
 
 def searching(points, macs, allowed, **options) -> Search:
-    def attempt(setting: Setting) -> tuple[float, int]:
-        return -noise_left(points, setting.kept), sum(macs.get(o, 0) for o in setting.kept)
+    def attempt(setting: Setting) -> tuple[float, int, int]:
+        return -noise_left(points, setting.kept), sum(macs.get(o, 0) for o in setting.kept), 0
 
     return Search(attempt, -allowed, **options)
 
@@ -51,7 +51,7 @@ def found(points, macs, allowed, **options) -> Search:
     search = searching(points, macs, allowed, **options)
     try:
         if not search.meets(search.judge(Setting(OPTIONS))):
-            grow(search, OPTIONS, float_path(points, macs))
+            grow(search, Setting(OPTIONS), float_path(points, macs))
             give_back(search, points, macs)
             give_back_singly(search, points, macs)
     except Exhausted:
@@ -134,9 +134,9 @@ def test_path_grows_from_nothing_to_everything():
 
 def test_remedies_come_before_float_and_the_best_is_built_on():
     scores = {"plain": 0.1, "better": 0.6, "worse": 0.2}
-    search = Search(lambda s: (scores[s.options], 0), 0.9)
+    search = Search(lambda s: (scores[s.options], 0, 0), 0.9)
     assert try_remedies(search, ["plain", "better", "worse"]) == "better"
-    search = Search(lambda s: (scores[s.options], 0), 0.5)
+    search = Search(lambda s: (scores[s.options], 0, 0), 0.5)
     assert try_remedies(search, ["plain", "better", "worse"]) == "better"
     assert [t.setting.options for t in search.trials] == ["plain", "better"]
 
@@ -144,9 +144,9 @@ def test_remedies_come_before_float_and_the_best_is_built_on():
 def test_an_operation_that_stays_in_float_anyway_is_tried_once():
     points, macs = spots((5.0, "a"), (5.0, "b")), {"a": 10, "b": 20}
 
-    def attempt(setting: Setting) -> tuple[float, int]:  # b has no integer form beside a float a
+    def attempt(setting: Setting) -> tuple[float, int, int]:  # b has no integer form beside a float a
         whole = setting.kept | {"b"} if "a" in setting.kept else setting.kept
-        return -noise_left(points, whole), sum(macs[o] for o in whole)
+        return -noise_left(points, whole), sum(macs[o] for o in whole), 0
 
     search = Search(attempt, -1.0)
     search.judge(Setting(OPTIONS, frozenset("ab")))
@@ -158,15 +158,15 @@ def test_an_operation_that_stays_in_float_anyway_is_tried_once():
 def test_better_options_need_less_in_float():
     points, macs = many()
 
-    def attempt(setting: Setting) -> tuple[float, int]:
+    def attempt(setting: Setting) -> tuple[float, int, int]:
         share = 0.4 if setting.options == "fitted" else 1.0
-        return -share * noise_left(points, setting.kept), sum(macs[o] for o in setting.kept)
+        return -share * noise_left(points, setting.kept), sum(macs[o] for o in setting.kept), 0
 
     search, path = Search(attempt, -20.0), float_path(points, macs)
     search.judge(Setting("fitted"))
-    grow(search, "fast", path)
+    grow(search, Setting("fast"), path)
     before = len(search.trials), search.best.float_macs
-    refine(search, "fitted", path)
+    refine(search, Setting("fitted"), path)
     assert search.best.setting.options == "fitted"
     assert noise_left(points, search.best.setting.kept) * 0.4 <= 20.0
     assert search.best.float_macs < 0.6 * before[1]
@@ -174,9 +174,9 @@ def test_better_options_need_less_in_float():
 
 
 def test_where_float_does_not_help_nothing_stays_in_float():
-    search = Search(lambda s: (0.5 + 0.01 * len(s.kept), len(s.kept)), 0.9)
+    search = Search(lambda s: (0.5 + 0.01 * len(s.kept), len(s.kept), 0), 0.9)
     search.judge(Setting(OPTIONS))
-    grow(search, OPTIONS, float_path(spots((1.0, "a"), (1.0, "b")), {"a": 1, "b": 1}))
+    grow(search, Setting(OPTIONS), float_path(spots((1.0, "a"), (1.0, "b")), {"a": 1, "b": 1}))
     assert search.hopeless
     assert search.best.setting.kept == frozenset()
 
@@ -223,9 +223,9 @@ def test_a_metric_that_is_no_number_loses_and_the_search_goes_on():
     points, macs = spots((100.0, "bc"), (0.1, "a")), dict.fromkeys("abc", 10)
     search = searching(points, macs, 1.0)
     inner = search.attempt
-    search.attempt = lambda s: inner(s) if s.kept else (float("nan"), 0)
+    search.attempt = lambda s: inner(s) if s.kept else (float("nan"), 0, 0)
     assert search.judge(Setting(OPTIONS)).error == "the metric is nan"
-    grow(search, OPTIONS, float_path(points, macs))
+    grow(search, Setting(OPTIONS), float_path(points, macs))
     assert search.best.setting.kept == frozenset("bc")
 
 
@@ -234,15 +234,15 @@ def test_a_metric_that_keeps_failing_ends_the_search():
     points, macs = points * 8, {**macs, **{f"more{i}": 1 for i in range(400)}}
     points += [Spot(1.0, frozenset({o})) for o in macs]
 
-    def fails(setting: Setting) -> tuple[float, int]:
+    def fails(setting: Setting) -> tuple[float, int, int]:
         if setting.kept:
             raise OptionError("evaluate fails: ZeroDivisionError")
-        return -90.0, 0
+        return -90.0, 0, 0
 
     search = Search(fails, -10.0)
     search.judge(Setting(OPTIONS))
     with pytest.raises(Exhausted, match=r"8 times in a row: evaluate fails"):
-        grow(search, OPTIONS, float_path(points, macs))
+        grow(search, Setting(OPTIONS), float_path(points, macs))
     assert len(search.trials) == 9
     assert search.best.metric == -90.0
 

@@ -2,8 +2,8 @@
 
 Every op is a unit "dequantize, op, quantize". Activations are uint8 affine, weights int8 symmetric (per channel in
 convolutions), biases int32. Normalizations, softmax and curved functions lose much at 8 bits: they read and give uint16
-(`_WIDE`), and a conversion stands where 8 and 16 bits meet. The fixed ranges of sigmoid and tanh at 16 bits are those
-that HTP asks for. 16-bit QuantizeLinear is standard ONNX from opset 21 on.
+(`_WIDE`), as does what `use_int16` names (Qualcomm's A16W8); a conversion stands where 8 and 16 bits meet. The fixed
+ranges of sigmoid and tanh at 16 bits are those that HTP asks for. 16-bit QuantizeLinear is standard ONNX from opset 21.
 """
 
 from __future__ import annotations
@@ -34,6 +34,7 @@ TARGET = Target(
     activation=NumberFormat(torch.uint8),
     weight=NumberFormat(torch.int8, symmetric=True, per_channel=True, narrow=True),
     absorbs=CLAMPS,
+    activation16=_WIDE,
     expand=("aten.linear.default", "aten.addmm.default", "aten.matmul.default", "aten.add.Tensor"),
     runtime=None,
     run="not run here: form of the file checked; numbers in ONNX Runtime",

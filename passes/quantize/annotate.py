@@ -28,7 +28,7 @@ from ..rewrite import argument, argument_names, aten, is_constant
 from .expand import expand_program, may_turn_on
 from .masks import shield_masks
 from .reasons import state_reasons, stated_reasons
-from .spec import KEPT_FLOAT, LEADING, MOVING, USE_INTEGER, Row, Target
+from .spec import KEPT_FLOAT, LEADING, MOVING, USE_INT16, USE_INTEGER, Row, Target
 
 KEY = "quantize"
 ABSORBED = "quantize_absorbed"  # on an activation whose work the quantization after it does
@@ -52,10 +52,14 @@ def annotation(node: fx.Node) -> Annotation | None:
 
 
 def annotate_program(
-    program: Program, target: Target, keep_float: Sequence[str] = (), use_integer: Sequence[str] = ()
+    program: Program,
+    target: Target,
+    keep_float: Sequence[str] = (),
+    use_integer: Sequence[str] = (),
+    use_int16: Sequence[str] = (),
 ) -> tuple[int, list[str]]:
     """Annotate all nodes; those that a glob of `keep_float` names stay in float (see `named_nodes`), those that one of
-    `use_integer` names may use the target's optional rows.
+    `use_integer` names may use the target's optional rows, those that one of `use_int16` names read and give 16 bits.
 
     Returns (number of integer nodes, reasons why layers stay in float).
     Raises OptionError for a glob that names nothing, or that has no effect.
@@ -63,11 +67,17 @@ def annotate_program(
     for node in named_nodes(program, keep_float, "keep_float"):
         node.meta[KEPT_FLOAT] = True
     _use_optional_rows(program, target, use_integer)
+    _use_int16(program, target, use_int16)
     expand_program(program, target)
     if target.shields_masks:
         shield_masks(program)
     rows = _choose_rows(program, target)
     _demote_unread(program, target, rows)
+    if use_int16 and not any(target.widens(n, row) for n in rows for row in target.rows_about(n)):
+        raise OptionError(
+            f"use_int16: nothing of what {', '.join(use_int16)} names is computed on integers of 8 bits otherwise",
+            hint="name layers, products or sums",
+        )
     for node, row in rows.items():
         node.meta[KEY] = _annotation(node, row, rows, target)
     state_reasons(program, target, rows)
@@ -77,7 +87,7 @@ def annotate_program(
 def clear_annotations(program: Program) -> None:
     """Forget what was decided."""
     for node in program.graph.nodes:
-        for key in (KEY, ABSORBED, KEPT_FLOAT, USE_INTEGER):
+        for key in (KEY, ABSORBED, KEPT_FLOAT, USE_INTEGER, USE_INT16):
             node.meta.pop(key, None)
 
 
@@ -111,6 +121,14 @@ def _use_optional_rows(program: Program, target: Target, globs: Sequence[str]) -
                 f"use_integer: target {target.name} has no optional row for what {glob!r} names",
                 hint=f"its optional forms: {', '.join(n for n, on in target.forms.items() if not on) or 'none'}",
             )
+
+
+def _use_int16(program: Program, target: Target, globs: Sequence[str]) -> None:
+    if globs and target.activation16 is None:
+        raise OptionError(f"use_int16: target {target.name} has no activations of 16 bits", hint="use keep_float here")
+    for glob in globs:
+        for node in named_nodes(program, [glob], "use_int16"):
+            node.meta[USE_INT16] = True
 
 
 def _names(node: fx.Node) -> Iterator[str]:

@@ -25,7 +25,7 @@ from torch import fx
 from ...frontend.program import Program
 from ..rewrite import argument, aten, call_before, constant, is_constant, is_op, put_constant, replace
 from .conditions import LARGE_WINDOW
-from .spec import KEPT_FLOAT, USE_INTEGER, Target
+from .spec import KEPT_FLOAT, USE_INT16, USE_INTEGER, Target
 
 
 def expand_program(program: Program, target: Target) -> int:
@@ -85,7 +85,7 @@ def concerns(form: str, node: fx.Node, target: Target) -> bool:
 
 def inherit(before: fx.Node, node: fx.Node) -> None:
     """What the user said of `node` holds for the nodes between `before` and it, which were written for it."""
-    said = {key: True for key in (KEPT_FLOAT, USE_INTEGER) if node.meta.get(key)}
+    said = {key: True for key in (KEPT_FLOAT, USE_INTEGER, USE_INT16) if node.meta.get(key)}
     new = node.prev
     while new is not before:
         new.meta.update(said)

@@ -31,7 +31,8 @@ class Annotate(Pass):
     """Decide by the target's table what is computed on integers.
 
     `keep_float` names what stays in float all the same: nodes, layers or modules, by glob. `forms` turns named forms
-    of the target on (`attention`) or off (`-attention`); `use_integer` turns all optional forms on for what it names.
+    of the target on (`attention`) or off (`-attention`); `use_integer` turns all optional forms on for what it names;
+    what `use_int16` names has activations of 16 bits, on targets that have them (`qnn`).
     """
 
     name = "annotate"
@@ -41,12 +42,13 @@ class Annotate(Pass):
     keep_float: tuple[str, ...] = ()
     forms: tuple[str, ...] = ()
     use_integer: tuple[str, ...] = ()
+    use_int16: tuple[str, ...] = ()
 
     def run(self, program: Program, context: Context) -> Change:
         refuse_quantized(program, "it is quantized once")
         target = _target(context).with_forms(self.forms)
         idle = [f for f in self.forms if not _concerns_any(f, program, target)]
-        count, reasons = annotate_program(program, target, self.keep_float, self.use_integer)
+        count, reasons = annotate_program(program, target, self.keep_float, self.use_integer, self.use_int16)
         if count == 0:
             raise QuantizationError(
                 f"target {_target(context).name} computes nothing of this program on integers"
@@ -123,8 +125,9 @@ class Fold(Pass):
 class Quantize(Pass):
     """Quantize for the target: annotate, observe, calibrate, fold.
 
-    `keep_float`, `forms` and `use_integer` are those of `annotate`: what stays in float, and which optional forms of
-    the target are on. `ranges` and `percentile` are those of `observe`, `weights` and `tie` are those of `fold`.
+    `keep_float`, `forms`, `use_integer` and `use_int16` are those of `annotate`: what stays in float, which optional
+    forms of the target are on, and what has 16 bits. `ranges` and `percentile` are those of `observe`, `weights` and
+    `tie` are those of `fold`.
     """
 
     name = "quantize"
@@ -136,12 +139,13 @@ class Quantize(Pass):
     keep_float: tuple[str, ...] = ()
     forms: tuple[str, ...] = ()
     use_integer: tuple[str, ...] = ()
+    use_int16: tuple[str, ...] = ()
     percentile: float | None = None
     tie: bool = True
 
     def steps(self) -> tuple[Pass, ...]:
         """The passes that this one is short for."""
-        annotate = Annotate(self.keep_float, self.forms, self.use_integer)
+        annotate = Annotate(self.keep_float, self.forms, self.use_integer, self.use_int16)
         return annotate, Observe(self.ranges, self.percentile), Calibrate(), Fold(self.weights, self.tie)
 
     def run(self, program: Program, context: Context) -> Change:

@@ -34,6 +34,7 @@ Condition = Callable[[fx.Node], str | None]
 KEPT_REASON = "keep_float names it"
 KEPT_FLOAT = "quantize_kept_float"  # in the meta of a node that the user, or a search, leaves in float
 USE_INTEGER = "quantize_use_integer"  # in the meta of a node for which optional rows are on
+USE_INT16 = "quantize_use_int16"  # in the meta of a node whose activations have 16 bits
 TINY = 2.0**-100  # a scale below this makes float32 products of two scales vanish
 
 
@@ -177,6 +178,8 @@ class Target:
     `depthwise_multiple`: depthwise convolutions get channels of zeros up to a multiple (see `wide_depthwise`).
     `products_of_tokens`: linear layers on tokens are written as matmul and add (see `written`).
     `shields_masks`: the runtime is slow with denormal numbers, which masks of attention make (see `masks`).
+    `activation16` are the 16-bit activations that any op of the table can have instead of the target's own (`use_int16`
+    names those that do); None where the runtime has no such kernels.
     `bias` None: biases stay float. `round_to` is the channel count multiple that its kernels like (pruning halves it
     for narrow layers).
     `processor` is the family that it is for. `runtime` is what models are verified in beside ONNX Runtime: in OpenVINO,
@@ -193,6 +196,7 @@ class Target:
     fuses: tuple[str, ...] = ()
     expand: tuple[str, ...] = ()
     isolate: tuple[str, ...] = ()
+    activation16: NumberFormat | None = None
     bias: NumberFormat | None = field(default=NumberFormat(torch.int32, symmetric=True, per_channel=True))
     stem_blocks: bool = False
     stem_columns: int = 1
@@ -221,11 +225,20 @@ class Target:
     @property
     def activation_formats(self) -> list[NumberFormat]:
         """The target's own format, and those of rows that have another."""
-        return [self.activation, *(r.activation for r in self.rows if r.activation is not None)]
+        others = (*(r.activation for r in self.rows), self.activation16)
+        return [self.activation, *(f for f in others if f is not None)]
 
     def row_for(self, node: fx.Node) -> Row | None:
-        """The first row whose ops include the node's, that is not off, and that does not decline it."""
-        return next((r for r in self.rows_about(node) if not r.is_off(node) and r.declines(node) is None), None)
+        """The first row whose ops include the node's, that is not off, and that does not decline it; with activations
+        of 16 bits where the node is to have them."""
+        rows = (r for r in self.rows_about(node) if not r.is_off(node) and r.declines(node) is None)
+        row = next(rows, None)
+        return replace(row, activation=self.activation16) if row and self.widens(node, row) else row
+
+    def widens(self, node: fx.Node, row: Row) -> bool:
+        """Does the node get other activations than its row's by being one of those with 16 bits?"""
+        given = row.kind in ("layer", "product", "arithmetic") and row.activation is None
+        return given and self.activation16 is not None and bool(node.meta.get(USE_INT16))
 
     def rows_about(self, node: fx.Node) -> list[Row]:
         """All rows that name the node's op."""

@@ -1,4 +1,4 @@
-"""Find the fewest MACs to leave in float so that a metric falls no further than allowed.
+"""Find the fewest MACs to leave in float, or in 16 bits, so that a metric falls no further than allowed.
 
 The metric is judged on the compiled model (a `judge`, see `Trials`), which is costly, so the search asks seldom:
 
@@ -17,8 +17,9 @@ Steps 3 to 6 take for granted that less in float is never better, which holds up
 trial is kept at all times, and its metric was measured. What is exact is the judgement; the order is a heuristic, whose
 result the tests compare with the optimum by brute force.
 
-What stays off integers stays in float32 here. A target with a 16-bit format would be one more option of a `Setting`
-(the same path, with those formats instead of float): the search itself knows settings by their text only.
+Where the target has activations of 16 bits, steps 2 to 6 are gone through with these in the place of float first, along
+a path of the activations' points (weights keep their 8 bits). Float is left to what they do not suffice for: then
+steps 2 to 6 build on 16 bits everywhere, if the metric is better with them.
 
 The search is a function of what its trials gave, so a journal of them is all that is needed to go on after a kill.
 """
@@ -28,8 +29,8 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, field
-from typing import Protocol
+from dataclasses import dataclass, field, replace
+from typing import Literal, Protocol
 
 from ....errors import FxpressError, OptionError
 from .journal import Journal
@@ -51,26 +52,33 @@ class Budget:
             raise OptionError(f"search_trials is {self.trials}", hint="give 0 (no search) or more")
 
 
+Instead = Literal["float", "int16"]
+
+
 @dataclass(frozen=True)
 class Setting:
-    """One way to quantize: the pipeline's options as text, and the operations that stay in float."""
+    """One way to quantize: the pipeline's options as text, and the operations that stay in float, or have activations
+    of 16 bits (`instead`)."""
 
     options: str
     kept: frozenset[str] = frozenset()
+    instead: Instead = "float"
 
     @property
     def key(self) -> str:
-        return f"{self.options} | {' '.join(sorted(self.kept))}"
+        name = " int16" if self.kept and self.instead == "int16" else ""
+        return f"{self.options} |{name} {' '.join(sorted(self.kept))}"
 
 
 @dataclass(frozen=True)
 class Trial:
     """One judgement. `metric` is None where it failed (`error` says how). `float_macs`: MACs of one example that are
-    not computed on integers. `seconds`: to make and judge it."""
+    not computed on integers, `int16_macs`: those with activations of 16 bits. `seconds`: to make and judge it."""
 
     setting: Setting
     metric: float | None
     float_macs: int
+    int16_macs: int
     seconds: float
     error: str = ""
 
@@ -89,14 +97,17 @@ class Exhausted(Exception):
     """The budget is used up, or the metric fails again and again; the message says which."""
 
 
-Try = Callable[[Setting], tuple[float, int]]
+FACTS = ("metric", "float_macs", "int16_macs", "seconds", "error")  # what is known of a trial beside its setting
+
+Try = Callable[[Setting], tuple[float, int, int]]
 
 
 @dataclass
 class Search:
     """All trials of one search, and the best of them.
 
-    `attempt` makes and judges a setting: (metric, MACs in float). `needed` is the metric that meets the allowance.
+    `attempt` makes and judges a setting: (metric, MACs in float, MACs in 16 bits). `needed` is the metric that
+    meets the allowance.
     """
 
     attempt: Try
@@ -132,8 +143,8 @@ class Search:
     def _rank(self, trial: Trial) -> tuple[float, ...]:
         assert trial.metric is not None
         if self.meets(trial):
-            return (0, trial.float_macs, -trial.metric)
-        return (1, -trial.metric, trial.float_macs)
+            return (0, trial.float_macs, trial.int16_macs, -trial.metric)
+        return (1, -trial.metric, trial.float_macs, trial.int16_macs)
 
     def add(self, trial: Trial) -> Trial:
         """Take in a trial that was judged elsewhere."""
@@ -149,10 +160,10 @@ class Search:
         fact = self.journal.find(setting.key)
         if fact is not None:
             self._recalled += fact["seconds"]
-            trial = Trial(setting, fact["metric"], fact["float_macs"], fact["seconds"], fact["error"])
+            trial = Trial(setting, *(fact[k] for k in FACTS))
         else:
             trial = self._run(setting)
-            facts = {k: getattr(trial, k) for k in ("metric", "float_macs", "seconds", "error")}
+            facts = {k: getattr(trial, k) for k in FACTS}
             self.journal.add(setting.key, {**facts, "drop_left": _margin(trial.metric, self.needed)})
         self.add(trial)
         if self.tell:
@@ -162,12 +173,12 @@ class Search:
     def _run(self, setting: Setting) -> Trial:
         start = self.clock()
         try:
-            metric, float_macs = self.attempt(setting)
+            metric, floats, wide = self.attempt(setting)
         except FxpressError as error:
-            return Trial(setting, None, 0, self.clock() - start, error.message)
+            return Trial(setting, None, 0, 0, self.clock() - start, error.message)
         if not math.isfinite(metric):
-            return Trial(setting, None, float_macs, self.clock() - start, f"the metric is {metric}")
-        return Trial(setting, metric, float_macs, self.clock() - start)
+            return Trial(setting, None, floats, wide, self.clock() - start, f"the metric is {metric}")
+        return Trial(setting, metric, floats, wide, self.clock() - start)
 
     def _check_budget(self) -> None:
         longest = max((t.seconds for t in self.trials[-3:]), default=0.0)
@@ -188,8 +199,8 @@ def _margin(metric: float | None, needed: float) -> float | None:
 
 
 def float_path(points: Sequence[Noisy], macs: dict[str, int]) -> list[frozenset[str]]:
-    """Growing sets of operations to leave in float, from nothing to all: at each step the surroundings of the point
-    that makes the most noise vanish for each MAC. `macs` by operation; absent means none."""
+    """Growing sets of operations to leave in float (or 16 bits), from nothing to all: at each step the
+    surroundings of the point that makes the most noise vanish for each MAC. `macs` by operation; absent means none."""
     kept: frozenset[str] = frozenset()
     path = [kept]
     around = _neighbours(points)
@@ -246,37 +257,38 @@ def try_remedies(search: Search, options: Iterable[str]) -> str:
     return best.setting.options if best is not None else last
 
 
-def grow(search: Search, options: str, path: Sequence[frozenset[str]]) -> None:
-    """Steps 1, 2, 4, ... along the path until the allowance is met, then bisection."""
+def grow(search: Search, start: Setting, path: Sequence[frozenset[str]]) -> None:
+    """From `start`, steps 1, 2, 4, ... along the path until the allowance is met, then bisection."""
     low, step = 0, 1
     high = min(step, len(path) - 1)
-    while not search.meets(search.judge(Setting(options, path[high]))):
+    while not search.meets(search.judge(replace(start, kept=path[high]))):
         if high == len(path) - 1:
-            search.hopeless = search.judge(Setting(options, path[high])).metric is not None
+            judged = search.judge(replace(start, kept=path[high])).metric is not None
+            search.hopeless = judged and start.instead == "float"
             return
         low, step = high, 2 * step
         high = min(step, len(path) - 1)
-    _bisect(search, options, path, low, high)
+    _bisect(search, start, path, low, high)
 
 
-def _bisect(search: Search, options: str, path: Sequence[frozenset[str]], low: int, high: int) -> None:
+def _bisect(search: Search, start: Setting, path: Sequence[frozenset[str]], low: int, high: int) -> None:
     """Between a set that does not meet the allowance and one that does."""
     while high - low > 1:
         middle = (low + high) // 2
-        if search.meets(search.judge(Setting(options, path[middle]))):
+        if search.meets(search.judge(replace(start, kept=path[middle]))):
             high = middle
         else:
             low = middle
 
 
-def refine(search: Search, options: str, path: Sequence[frozenset[str]]) -> None:
-    """With better options than those that the best was found with, bisect along the path to the best."""
+def refine(search: Search, start: Setting, path: Sequence[frozenset[str]]) -> None:
+    """From `start`, with better options than those that the best was found with, bisect along the path to the best."""
     best = search.best
     if best is None or not search.meets(best):
         return
     sets = list(dict.fromkeys(kept & best.setting.kept for kept in path))
-    if search.meets(search.judge(Setting(options, sets[-1]))):
-        _bisect(search, options, sets, 0, len(sets) - 1)
+    if search.meets(search.judge(replace(start, kept=sets[-1]))):
+        _bisect(search, start, sets, 0, len(sets) - 1)
 
 
 def give_back(search: Search, points: Sequence[Noisy], macs: dict[str, int]) -> None:
@@ -284,12 +296,12 @@ def give_back(search: Search, points: Sequence[Noisy], macs: dict[str, int]) -> 
     best = search.best
     if best is None or not search.meets(best):
         return
-    kept, options = best.setting.kept, best.setting.options
+    kept = best.setting.kept
     order = order_to_give_back(kept, points, macs)
     low, high = 0, len(order)  # giving back `low` is fine, all of them is not
     while high - low > 1:
         middle = (low + high) // 2
-        if search.meets(search.judge(Setting(options, kept - set(order[:middle])))):
+        if search.meets(search.judge(replace(best.setting, kept=kept - set(order[:middle])))):
             low = middle
         else:
             high = middle
@@ -299,10 +311,10 @@ def give_back_singly(search: Search, points: Sequence[Noisy], macs: dict[str, in
     """From the best trial on, one operation at a time; those without MACs stay as they are, since they save none."""
     needed: set[str] = set()
     while (best := search.best) is not None and search.meets(best):
-        kept, options = best.setting.kept, best.setting.options
+        kept = best.setting.kept
         left = [o for o in order_to_give_back(kept, points, macs) if o not in needed and macs.get(o)]
         if not left:
             return
-        search.judge(Setting(options, kept - {left[0]}))
+        search.judge(replace(best.setting, kept=kept - {left[0]}))
         if search.best is best:  # it is needed, or stays in float anyway
             needed.add(left[0])

@@ -31,7 +31,8 @@ from ..observe import Sites, sites_of
 from ..passes import Annotate, Calibrate, Fold, Observe, Quantize
 from ..ranges.choose import choose_ranges, mean_sqnr, program_outputs
 from ..ranges.observers import Candidates
-from .fallback import Setting
+from ..spec import USE_INT16
+from .fallback import Instead, Setting
 from .points import Switchboard, mark_origins, origin_of
 from .sensitivity import Sensitivity, measure_sensitivity
 
@@ -89,22 +90,48 @@ class Trials:
         passes = parse_pipeline(setting.options)
         if not setting.kept:
             return passes
-        names = self.globs(setting.kept)
-        kept = (*option_of(passes, "keep_float", ()), *names)
-        if not self._integers(setting):
+        if setting.instead == "float" and not self._bits(setting):
             return [p for p in passes if not quantizes(p)]
-        return with_options(passes, {"keep_float": kept})
+        return _naming(passes, setting, self.globs(setting.kept))
 
-    def make(self, setting: Setting) -> tuple[Program, int]:
-        """The program of a setting, and the MACs of one example that it does not compute on integers."""
+    def make(self, setting: Setting) -> tuple[Program, int, int]:
+        """The program of a setting, and the MACs of one example that it computes in float and in 16 bits."""
         counted = _Counted(self.macs)
         program = self._run(flat_steps(self.passes(setting)), counted)
-        return program, sum(self.macs.values()) - counted.integer
+        return program, *self._count(counted.bits)
 
-    def float_macs(self, setting: Setting) -> int:
-        """The MACs of one example that a setting does not compute on integers, without making its program."""
-        integers = self._integers(setting)
-        return sum(macs for operation, macs in self.macs.items() if operation not in integers)
+    def other_macs(self, setting: Setting) -> tuple[int, int]:
+        """The MACs of one example that a setting computes in float and in 16 bits, without making its program."""
+        return self._count(self._bits(setting))
+
+    def _count(self, bits: Mapping[str, int]) -> tuple[int, int]:
+        wide = sum(macs for operation, macs in self.macs.items() if bits.get(operation) == 16)
+        return sum(macs for operation, macs in self.macs.items() if operation not in bits), wide
+
+    @property
+    def has_int16(self) -> bool:
+        """Has the target activations of 16 bits?"""
+        return self.context.target is not None and self.context.target.activation16 is not None
+
+    def with_int16(self, options: str) -> str:
+        """The pipeline with activations of 16 bits wherever the target has them."""
+        return print_pipeline(with_options(parse_pipeline(options), {"use_int16": ("*",)}))
+
+    def with_eight_bits(self, setting: Setting) -> str:
+        """The pipeline of a setting, all that it computes on integers with the target's own formats."""
+        return print_pipeline(with_options(self.passes(setting), {"use_int16": ()}))
+
+    def added(self, setting: Setting, options: str, instead: Instead) -> list[str]:
+        """Names of what a setting leaves in float, or gives 16 bits, and the pipeline `options` does not."""
+        passes = self.passes(setting)
+        if not any(map(quantizes, passes)):
+            return self.globs(setting.kept) if setting.instead == instead else []
+        before = option_of(parse_pipeline(options), _OPTION[instead], ())
+        return [name for name in option_of(passes, _OPTION[instead], ()) if name not in before]
+
+    def widened(self, options: str) -> frozenset[str]:
+        """The operations that can have 16 bits in place of 8."""
+        return frozenset(o for o, bits in self._bits(Setting(self.with_int16(options))).items() if bits == 16)
 
     def sensitivities(self, options: str) -> list[Sensitivity]:
         """Each point of the program that `options` make, on a few calibration samples; the worst first."""
@@ -147,12 +174,12 @@ class Trials:
 
     def simplified(self, setting: Setting) -> Setting:
         """The same program by fewer names: operations without MACs that are in float anyway are not named."""
-        whole, kept = self._integers(setting), setting.kept
-        for operation in sorted(o for o in kept if o not in self.macs):
-            fewer = Setting(setting.options, kept - {operation})
-            if self._integers(fewer) == whole:
-                kept = fewer.kept
-        return Setting(setting.options, kept)
+        whole, fewest = self._bits(setting), setting
+        for operation in sorted(o for o in setting.kept if o not in self.macs):
+            fewer = dataclasses.replace(setting, kept=fewest.kept - {operation})
+            if self._bits(fewer) == whole:
+                fewest = fewer
+        return fewest
 
     def settled(self, options: str) -> str:
         """The pipeline with the range rule that `ranges=auto` chooses, so that trials need not choose again."""
@@ -218,7 +245,7 @@ class Trials:
         return found[:count]
 
     def _sqnr(self, options: str) -> float:
-        program, _ = self.make(Setting(options))
+        program = self.make(Setting(options))[0]
         samples = self.samples()
         expected = (program_outputs(self.floating, s) for s in samples)
         return mean_sqnr(expected, (program_outputs(program, s) for s in samples))
@@ -231,17 +258,34 @@ class Trials:
             meant = set()
         return layer if meant and meant <= wanted else node.name
 
-    def _integers(self, setting: Setting) -> frozenset[str]:
-        """The operations that a setting computes on integers, by their names in the float program."""
-        steps = flat_steps(parse_pipeline(setting.options))
-        kept = (*option_of(steps, "keep_float", ()), *sorted(setting.kept))
-        first = next(s for s in with_options(steps, {"keep_float": kept}) if isinstance(s, Annotate))
+    def _bits(self, setting: Setting) -> dict[str, int]:
+        """The operations that a setting computes on integers, by their names in the float program, and of how many
+        bits."""
+        steps = _naming(flat_steps(parse_pipeline(setting.options)), setting, sorted(setting.kept))
         program = self.floating.copy()
         try:
-            first.run(program, self.context)
-        except QuantizationError:  # nothing is left
-            return frozenset()
-        return frozenset(origin_of(n) for n in program.graph.nodes if annotation(n) is not None)
+            next(s for s in steps if isinstance(s, Annotate)).run(program, self.context)
+        except (QuantizationError, OptionError):  # nothing is left, or nothing has other bits
+            return {}
+        return _bits_of(program, self.macs)
+
+
+_OPTION: dict[Instead, str] = {"float": "keep_float", "int16": "use_int16"}
+
+
+def _naming(passes: Sequence[Pass], setting: Setting, names: Sequence[str]) -> list[Pass]:
+    """The passes of a setting, its operations by `names`."""
+    option = _OPTION[setting.instead]
+    return with_options(passes, {option: (*option_of(passes, option, ()), *names)})
+
+
+def _bits_of(program: Program, macs: Mapping[str, int]) -> dict[str, int]:
+    """The operations that an annotated program computes on integers: 8, or 16 where it was told so. Of the nodes that
+    were written for an operation with `macs`, those count that have MACs."""
+    counts = (n for n in program.graph.nodes if op_name(n) in MACS or origin_of(n) not in macs)
+    notes = {n: note for n in counts if (note := annotation(n)) is not None}
+    wide = {n for n, note in notes.items() if note.row.activation is not None and n.meta.get(USE_INT16)}
+    return {**dict.fromkeys(map(origin_of, notes), 8), **dict.fromkeys(map(origin_of, wide), 16)}
 
 
 def _corrected(options: str) -> list[str]:
@@ -265,15 +309,10 @@ def _choices(cls: type[Pass], name: str) -> list[str]:
 
 @dataclass
 class _Counted:
-    """MACs of the float program's operations, and how many of them the last program computes on integers."""
+    """What the last program computes on integers (see `_bits_of`)."""
 
-    macs: dict[str, int] = field(default_factory=dict)
-    integer: int = 0
-
-    def count(self, program: Program) -> None:
-        """Count an annotated program."""
-        nodes = (n for n in program.graph.nodes if annotation(n) is not None and op_name(n) in MACS)
-        self.integer = sum(self.macs.get(o, 0) for o in set(map(origin_of, nodes)))
+    macs: dict[str, int]
+    bits: dict[str, int] = field(default_factory=dict)
 
 
 @dataclass
@@ -304,7 +343,7 @@ class _Recall(Pass):
         else:
             Calibrate().run(program, context)
             self._remember(observed, sites, tensors, keys)
-        self.counted.count(program)
+        self.counted.bits = _bits_of(program, self.counted.macs)
         return Change()
 
     @staticmethod
