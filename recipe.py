@@ -38,8 +38,8 @@ RECIPES = {
     for r in (
         Recipe(
             "int8",
-            "fuse BatchNorm, quantize to INT8 by the target's table",
-            "cleanup,canonicalize,fuse-batchnorm,quantize",
+            "fuse BatchNorm, smooth outliers of transformers, quantize to INT8 by the target's table",
+            "cleanup,canonicalize,fuse-batchnorm,smooth,quantize",
         ),
         Recipe(
             "int8-accurate",
@@ -64,12 +64,12 @@ RECIPES = {
         Recipe(
             "prune-int8",
             "half of the MACs, recovered without labels, then INT8",
-            f"{_PRUNE},canonicalize,fuse-batchnorm,quantize",
+            f"{_PRUNE},canonicalize,fuse-batchnorm,smooth,quantize",
         ),
         Recipe(
             "prune-distil-int8",
             "half of the MACs, three epochs of following the whole, then INT8",
-            f"{_PRUNE},{_DISTIL},canonicalize,fuse-batchnorm,quantize",
+            f"{_PRUNE},{_DISTIL},canonicalize,fuse-batchnorm,smooth,quantize",
         ),
         Recipe(
             "prune-distil-qat",

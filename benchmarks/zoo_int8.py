@@ -2,7 +2,7 @@
 
 Each model of `zoo_models.py` (random weights, redrawn so that every branch matters) goes without any hint through
 
-    capture -> cleanup,canonicalize,fuse-batchnorm,quantize -> to_onnx -> ONNX Runtime
+    capture -> cleanup,canonicalize,fuse-batchnorm,smooth,quantize -> to_onnx -> ONNX Runtime
 
 calibrated on 16 random inputs like its example inputs and judged on 4 others. A line of a JSON-lines file (`--results`)
 a model; names that are there are skipped unless `--again` names them. Exit code 1 where a captured model failed, or a
@@ -61,7 +61,7 @@ def measure(name: str, target: str) -> Row:
     floating = PassManager(PIPELINE, share_weights=True).run(program, context)
     start = time.perf_counter()
     try:
-        int8 = PassManager("quantize").run(floating, context)
+        int8 = PassManager("smooth,quantize").run(floating, context)
     except QuantizationError as error:  # nothing of it is for integers
         return {"model": name, "status": "float", "error": str(error).splitlines()[0]}
     row: Row = {"model": name, "target": target, "quantize_s": round(time.perf_counter() - start, 1)}

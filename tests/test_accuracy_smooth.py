@@ -106,18 +106,45 @@ def test_the_function_stays():
 
 
 def test_a_norm_with_another_reader_is_left_alone():
-    record = run_passes(captured(PostNorm()), "smooth", context()).log[-1]
+    record = run_passes(captured(PostNorm()), "smooth{insert=false}", context()).log[-1]
     assert record.changes == 0
     assert "nothing to smooth" in record.notes[0]
 
 
-def test_a_product_can_be_inserted_for_it():
-    module = PostNorm()
+def loud(module: nn.Module) -> nn.Module:
     with torch.no_grad():
         module.norm.weight[3] = 60.0
         module.linear.weight[:, 3] /= 60.0
-    program = captured(module)
-    smooth = run_passes(program, "smooth{insert=true}", context())
+    return module
+
+
+def test_a_product_is_not_inserted_for_little():
+    record = run_passes(captured(PostNorm()), "smooth", context()).log[-1]
+    assert record.changes == 0
+    assert "at no site" in record.notes[0]
+
+
+def test_products_are_inserted_behind_normalizations_only():
+    class Curved(nn.Module):
+        """What a softplus makes is read by a linear layer and added."""
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.norm, self.linear = nn.LayerNorm(WIDTH), nn.Linear(WIDTH, WIDTH)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            y = nn.functional.softplus(self.norm(x))
+            return y + self.linear(y)
+
+    program = captured(loud(Curved()))
+    assert "nothing to smooth" in run_passes(program, "smooth", context()).log[-1].notes[0]
+    assert run_passes(program, "smooth{insert=true}", context()).log[-1].changes == 1
+
+
+@pytest.mark.parametrize("insert", ["true", "auto"])
+def test_a_product_can_be_inserted_for_it(insert):
+    program = captured(loud(PostNorm()))
+    smooth = run_passes(program, f"smooth{{insert={insert}}}", context())
     assert "1 of them by a product of their own" in smooth.log[-1].notes[0]
     assert len([n for n in smooth.graph.nodes if "mul" in str(n.target)]) == 1
     x = data()[1][0]

@@ -11,19 +11,32 @@ from torch import fx
 
 from ....frontend.program import Program
 from ...fuse_batchnorm import not_owned
-from ...rewrite import aten, call_before, constant, find, put_constant, replace
-from .scaling import Link
+from ...rewrite import aten, call_before, constant, find, is_op, put_constant, replace
+from .scaling import NORMS, Link
 
 
-def insert_products(program: Program, links: list[Link]) -> list[fx.Node]:
-    """A product in front of all linear layers that no link reaches, one for each tensor. Returns the new nodes."""
+def insert_products(program: Program, links: list[Link], behind_norms: bool = False) -> list[fx.Node]:
+    """A product in front of all linear layers that no link reaches (`behind_norms`: and that read a LayerNorm or
+    RMSNorm), one for each tensor. Returns the new nodes."""
     reached = {r.node for link in links for r in link.readers}
     readers: dict[fx.Node, list[fx.Node]] = {}
     for layer in find(program, aten.linear.default):
         source = layer.args[0]
-        if layer not in reached and isinstance(source, fx.Node) and not_owned(layer) is None:
+        if layer in reached or not isinstance(source, fx.Node) or not_owned(layer) is not None:
+            continue
+        if not behind_norms or is_op(_unmoved(source), *NORMS):
             readers.setdefault(source, []).append(layer)
     return [_insert(program, source, layers) for source, layers in readers.items()]
+
+
+def _unmoved(node: fx.Node) -> fx.Node:
+    """What makes the values, behind moves that leave the last dim as it is."""
+    while is_op(node, *_MOVES) and str(node.meta["val"].shape[-1]) == str(node.args[0].meta["val"].shape[-1]):  # type: ignore[union-attr]
+        node = node.args[0]  # type: ignore[assignment]
+    return node
+
+
+_MOVES = (aten.transpose.int, aten.permute.default, aten.reshape.default, aten.view.default, aten.contiguous.default)
 
 
 def _insert(program: Program, source: fx.Node, layers: list[fx.Node]) -> fx.Node:

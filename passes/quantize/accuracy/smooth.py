@@ -10,6 +10,7 @@ import torch
 from torch import fx
 
 from ....errors import OptionError
+from ....frontend.cost import count_macs
 from ....frontend.operators import dequantize, quantize
 from ....frontend.program import Program, layer_name
 from ...base import INTERFACE, VALUES, Change, Context, Pass, register_pass
@@ -17,13 +18,16 @@ from ...fuse_batchnorm import scale_inputs
 from ...prune.recovery.partial_run import PartialRun
 from ...rewrite import aten, constant, is_op
 from ..fold import quantize_weight, weight_scales
-from ..spec import QuantParams, Target, choose_params
+from ..spec import Target, choose_params
 from .products import drop_ones, insert_products
 from .scaling import Link, Reader, divide_outputs, find_link, groups_of, input_ranges, multiply_inputs
 from .trials import Batch, judge_quantized, required_target, split_samples
 
 _ALPHAS = (0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9)
-_FIT, _JUDGE = 64, 32
+_FIT, _LEAST_FIT = 64, 8  # samples to fit to; half as many judge
+_WORK = 1e11  # multiplications that one run of the samples may take, the least number of them aside
+_WORTH_A_PRODUCT = 10**0.2  # an error 2 dB less at the layers behind it
+_TOKENS = 512  # rows that the error of a linear layer is measured on
 _KEPT_BYTES = 1 << 25  # of the samples that the error of one layer is measured on
 _LEAST = 1e-5  # no factor divides by less, as in the paper
 
@@ -40,8 +44,9 @@ class Smooth(Pass):
 
     Legal when all that read X are layers or such ops, and the weights belong to one layer alone. `alpha=auto` takes,
     site by site, the alpha with the least error of the quantized layers' outputs on calibration samples, or leaves the
-    site alone. `convolutions=true` smooths what convolutions read as well; `insert=true` puts a product of its own
-    before linear layers that read what others read too (one more float operation at each such place).
+    site alone. `convolutions=true` smooths what convolutions read as well. `insert=true` puts a product of its own
+    before linear layers that read what others read too (one more float operation at each such place); `insert=auto`
+    does so behind normalizations, where outliers are made, and keeps the products that gain 2 dB at their layers.
     With `when=helps` the whole program is quantized with and without, and the pass keeps the better.
     """
 
@@ -51,7 +56,7 @@ class Smooth(Pass):
     alpha: float | Literal["auto"] = "auto"
     when: Literal["helps", "always"] = "helps"
     convolutions: bool = False
-    insert: bool = False
+    insert: bool | Literal["auto"] = "auto"
 
     def __post_init__(self) -> None:
         if self.alpha != "auto" and not 0 <= self.alpha <= 1:
@@ -60,13 +65,15 @@ class Smooth(Pass):
     def run(self, program: Program, context: Context) -> Change:
         target = required_target(context)
         trial = program.copy()
-        products = insert_products(trial, find_sites(trial, self.convolutions)) if self.insert else []
+        products = self._insert(trial)
         links = find_sites(trial, self.convolutions)
         if not links:
-            hint = "" if self.insert else " (insert=true makes such places)"
+            hint = "" if self.insert is True else " (insert=true makes such places)"
             return Change(0, [f"nothing to smooth: no linear layer alone reads a tensor that can be divided{hint}"])
-        samples = split_samples(program, context.calibration, _FIT, _JUDGE, self.name)
-        chosen = smooth_sites(trial, links, samples.fit, target, self.alpha)
+        fit = min(_FIT, max(_LEAST_FIT, int(_WORK / max(count_macs(program), 1))))
+        samples = split_samples(program, context.calibration, fit, fit // 2, self.name)
+        dear = frozenset(products if self.insert == "auto" else ())
+        chosen = smooth_sites(trial, links, samples.fit, target, self.alpha, dear)
         inserted = len(products) - drop_ones(trial, products)
         trial.graph_module.recompile()
         told = f"smoothing {len(chosen)} of {len(links)} sites" + _alphas(list(chosen.values()))
@@ -81,6 +88,13 @@ class Smooth(Pass):
         program.graph_module = trial.graph_module
         return Change(len(chosen), [told])
 
+    def _insert(self, program: Program) -> list[fx.Node]:
+        """Products to take factors where no other place can."""
+        if self.insert is False:
+            return []
+        links = find_sites(program, self.convolutions)
+        return insert_products(program, links, behind_norms=self.insert == "auto")
+
 
 def _alphas(values: list[float]) -> str:
     return f" with alpha {min(values):g} to {max(values):g}" if values else ""
@@ -94,14 +108,21 @@ def find_sites(program: Program, convolutions: bool) -> list[Link]:
 
 
 def smooth_sites(
-    program: Program, links: list[Link], batches: list[Batch], target: Target, alpha: float | Literal["auto"]
+    program: Program,
+    links: list[Link],
+    batches: list[Batch],
+    target: Target,
+    alpha: float | Literal["auto"],
+    dear: frozenset[fx.Node] = frozenset(),
 ) -> dict[str, float]:
-    """Smooth in place. Returns the alpha of each site that was smoothed, by the name of what makes the tensor."""
+    """Smooth in place; where the producer is among `dear`, only if it gains much. Returns the alpha of each site that
+    was smoothed, by the name of what makes the tensor."""
     seen = observe_links(program, links, batches)
     chosen = {}
     for link in links:
         noted = seen[link.producer]
-        best = best_alpha(program, link, noted, target) if alpha == "auto" else alpha
+        worth = _WORTH_A_PRODUCT if link.producer in dear else 1.0
+        best = best_alpha(program, link, noted, target, worth) if alpha == "auto" else alpha
         if best is None:
             continue
         factors = smoothing(program, link, noted.largest, best)
@@ -112,16 +133,17 @@ def smooth_sites(
     return chosen
 
 
-def best_alpha(program: Program, link: Link, seen: Seen, target: Target) -> float | None:
-    """The alpha with the least error of the readers' outputs; None where no smoothing is better."""
+def best_alpha(program: Program, link: Link, seen: Seen, target: Target, worth: float = 1.0) -> float | None:
+    """The alpha with the least error of the readers' outputs; None where no smoothing is `worth` times better."""
+    readers = [_Reading(program, r, x) for r, x in zip(link.readers, seen.inputs)]
 
     def error(factors: torch.Tensor) -> float:
-        return output_error(program, link, seen.inputs, factors, target)
+        return sum(r.error(factors, target) for r in readers)
 
     errors = {a: error(smoothing(program, link, seen.largest, a)) for a in _ALPHAS}
     best = min(errors, key=errors.__getitem__)
     plain = error(torch.ones(link.channels, dtype=torch.float64))
-    return best if errors[best] < plain else None
+    return best if errors[best] * worth < plain else None
 
 
 def smoothing(program: Program, link: Link, largest: torch.Tensor, alpha: float) -> torch.Tensor:
@@ -157,13 +179,18 @@ def observe_links(program: Program, links: list[Link], batches: list[Batch]) -> 
             if link.producer in seen:
                 seen[link.producer].largest = torch.maximum(seen[link.producer].largest, largest)
             else:
-                seen[link.producer] = Seen(largest, [_few(x) for x in inputs])
+                seen[link.producer] = Seen(largest, [_few(r, x) for r, x in zip(link.readers, inputs)])
     return seen
 
 
-def _few(x: torch.Tensor) -> torch.Tensor:
-    """As many samples as the memory for one layer holds, at least one."""
-    return x[: max(1, _KEPT_BYTES // max(x[:1].nbytes, 1))].clone()
+def _few(reader: Reader, x: torch.Tensor) -> torch.Tensor:
+    """As many samples as the memory for one layer holds, at least one; of what a linear layer reads, tokens from all
+    over them."""
+    few = x[: max(1, _KEPT_BYTES // max(x[:1].nbytes, 1))]
+    if is_op(reader.node, aten.linear.default):
+        tokens = few.flatten(0, -2)
+        few = tokens[:: -(-len(tokens) // _TOKENS)]
+    return few.clone()
 
 
 def _channel_dim(reader: Reader, x: torch.Tensor) -> int:
@@ -176,20 +203,36 @@ def _largest(reader: Reader, x: torch.Tensor) -> torch.Tensor:
     return features.reshape(-1, reader.repeat).amax(1)
 
 
-def output_error(
-    program: Program, link: Link, inputs: list[torch.Tensor], factors: torch.Tensor, target: Target
-) -> float:
-    """The squared error of the quantized readers' outputs, smoothed by `factors`, relative to their power."""
-    total = 0.0
-    for reader, x in zip(link.readers, inputs):
+class _Reading:
+    """One reader of a link with some of its inputs, and what it makes of them in float."""
+
+    def __init__(self, program: Program, reader: Reader, x: torch.Tensor) -> None:
         weight = constant(program, reader.node.args[1])
         assert weight is not None
-        compute = _layer(reader.node)
-        spread = factors.repeat_interleave(reader.repeat)
-        expected = compute(x, weight.detach())
-        got = compute(_smoothed(reader, x, spread, target), _scaled(reader, weight.detach(), spread, target))
-        total += float((got - expected).square().sum() / expected.square().sum().clamp_min(1e-30))
-    return total
+        self.reader, self.x, self.weight = reader, x.float(), weight.detach().float()
+        self.compute = _layer(reader.node)
+        self.expected = self.compute(self.x, self.weight)
+        self.power = self.expected.square().sum().clamp_min(1e-30)
+
+    def error(self, factors: torch.Tensor, target: Target) -> float:
+        """The squared error of the quantized layer's outputs, smoothed by `factors`, relative to their power."""
+        spread = factors.float().repeat_interleave(self.reader.repeat)
+        got = self.compute(self._smoothed(spread, target), self._scaled(spread, target))
+        return float((got - self.expected).square().sum() / self.power)
+
+    def _smoothed(self, factors: torch.Tensor, target: Target) -> torch.Tensor:
+        shape = [1] * self.x.ndim
+        shape[_channel_dim(self.reader, self.x)] = -1
+        divided = self.x / factors.reshape(shape)
+        params = choose_params(float(divided.min()), float(divided.max()), target.activation)
+        q = quantize(divided, params.scale, params.zero_point, params.dtype)
+        return dequantize(q, params.scale, params.zero_point)
+
+    def _scaled(self, factors: torch.Tensor, target: Target) -> torch.Tensor:
+        multiplied, _ = scale_inputs(self.weight, factors, torch.zeros_like(factors), groups_of(self.reader.node))
+        scales = weight_scales(multiplied, target.weight, "minmax")
+        q = quantize_weight(multiplied, scales, target.weight)
+        return q.float() * scales.reshape(-1, *[1] * (self.weight.ndim - 1))
 
 
 def _layer(node: fx.Node) -> Callable[[torch.Tensor, torch.Tensor], torch.Tensor]:
@@ -197,18 +240,3 @@ def _layer(node: fx.Node) -> Callable[[torch.Tensor, torch.Tensor], torch.Tensor
     rest: tuple[Any, ...] = node.args[3:]
     options = {k: v for k, v in node.kwargs.items() if k != "bias"}
     return lambda x, weight: node.target(x, weight, None, *rest, **options)  # type: ignore[operator]
-
-
-def _smoothed(reader: Reader, x: torch.Tensor, factors: torch.Tensor, target: Target) -> torch.Tensor:
-    shape = [1] * x.ndim
-    shape[_channel_dim(reader, x)] = -1
-    divided = (x.double() / factors.reshape(shape)).float()
-    params: QuantParams = choose_params(float(divided.min()), float(divided.max()), target.activation)
-    return dequantize(quantize(divided, params.scale, params.zero_point, params.dtype), params.scale, params.zero_point)
-
-
-def _scaled(reader: Reader, weight: torch.Tensor, factors: torch.Tensor, target: Target) -> torch.Tensor:
-    multiplied, _ = scale_inputs(weight.double(), factors, torch.zeros_like(factors), groups_of(reader.node))
-    scales = weight_scales(multiplied.float(), target.weight, "minmax")
-    q = quantize_weight(multiplied.float(), scales, target.weight)
-    return q.float() * scales.reshape(-1, *[1] * (weight.ndim - 1))

@@ -2,7 +2,8 @@
 
 The measure is the SQNR of the program's outputs against the float program, on samples that the change was not fitted
 to.
-A pass on a float program is judged by quantizing it, with and without the change, by the defaults of `quantize`.
+A pass on a float program is judged by quantizing it, with and without the change, by the defaults of `quantize` but
+for the rule of the ranges: that of the fewest samples, `minmax`.
 """
 
 from __future__ import annotations
@@ -125,6 +126,6 @@ def _quantized(program: Program, samples: Samples, context: Context) -> Program:
     required_target(context)
     trial = program.copy()
     quiet = dataclasses.replace(context, calibration=samples.fit, progress=None, results={}, wanted=frozenset())
-    Quantize().run(trial, quiet)
+    Quantize(ranges="minmax").run(trial, quiet)
     trial.graph_module.recompile()
     return trial
