@@ -12,6 +12,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from torch import nn
+from torch.utils.data import TensorDataset
 
 import fxpress
 from fxpress.backends.targets import load_target
@@ -24,7 +25,7 @@ from fxpress.passes.quantize.ranges.states import state_of
 from fxpress.passes.quantize.shared_calibration import merge_observed, own_batches
 from fxpress.runtime.evaluate import Top1
 from fxpress.training.distributed import packed, unpacked
-from fxpress.training.examples import Held, Part
+from fxpress.training.examples import Held, Part, as_examples
 
 # What every process runs; the parent reads the files that they leave. Each process keeps to its own names, but for the
 # checkpoint and the artifact, which are one process's to write.
@@ -313,10 +314,19 @@ def test_processes_that_observe_different_tensors_are_refused():
         merge_observed({}, 1, process)
 
 
-def test_a_batch_too_small_for_the_processes_is_refused():
-    held = Held((torch.zeros(3, 1),), torch.zeros(3), 1, 0)
-    with pytest.raises(DataError, match="nothing to do"):
-        list(held.epoch(0, 0, Part(0, 2)))
+@pytest.mark.parametrize("form", ["held", "dataset", "stream"])
+def test_a_process_without_a_share_works_on_one_example_for_nothing(form):
+    inputs, labels = torch.arange(5.0)[:, None], torch.arange(5)
+    program = fxpress.capture(nn.Linear(1, 5), (inputs[:2],))
+    rows, batches = TensorDataset(inputs, labels), list(zip(inputs.split(4), labels.split(4)))
+    data = {"held": (inputs[:1], labels[:1]), "dataset": rows, "stream": lambda: batches}[form]
+    examples = as_examples(program, data, 1, 0)
+    slots = [list(examples.epoch(0, 0, Part(rank, 3))) for rank in range(3)]
+    for shares in zip(*slots, strict=True):
+        total = shares[0].total
+        assert [len(s.labels) for s in shares] == [max(1, len(range(total)[Part(r, 3).of(total)])) for r in range(3)]
+        assert sum(s.weight for s in shares) == pytest.approx(3), "the mean over processes is that over the batch"
+        assert all(s.weight == pytest.approx(3 * len(s.labels) / total) for s in shares if s.weight)
 
 
 def test_distributed_without_processes_is_refused(program, digits):

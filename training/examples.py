@@ -8,14 +8,14 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Iterator, Sized
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, Protocol, cast
 
 import numpy as np
 import torch
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader, Dataset, DistributedSampler, IterableDataset
 
 from ..errors import DataError, OptionError
 from ..frontend.batch_dim import batched, count_examples, some_examples
@@ -39,6 +39,17 @@ class Part:
     def of(self, size: int) -> slice:
         """This process's part of `size` examples; parts differ by at most one example."""
         return slice(size * self.rank // self.count, size * (self.rank + 1) // self.count)
+
+    def share(self, size: int) -> tuple[slice, float]:
+        """This process's part of a batch and its weight. Where there is nothing left for it, it works on the first
+        example for nothing: all processes take the same steps."""
+        own = self.of(size)
+        count = own.stop - own.start
+        return (own, count * self.count / size) if count else (slice(0, 1), 0.0)
+
+    def smallest(self, size: int) -> int:
+        """How many examples of a batch the process with the fewest works on."""
+        return max(1, size // self.count)
 
 
 @dataclass(frozen=True)
@@ -81,9 +92,9 @@ class Held:
 
     def epoch(self, number: int, skip: int, part: Part) -> Iterator[Slot]:
         for rows in drawn(len(self.labels), self.steps, self.seed, number)[skip:]:
-            mine = rows[part.of(len(rows))]
-            _require_some(len(mine), len(rows), part)
-            yield Slot(tuple(t[mine] for t in self.inputs), self.labels[mine], _weight(mine, rows, part), len(rows))
+            own, weight = part.share(len(rows))
+            mine = rows[own]
+            yield Slot(tuple(t[mine] for t in self.inputs), self.labels[mine], weight, len(rows))
 
     def split(self, share: float) -> tuple[Held, Held]:
         """What to train on and what to judge on: `share` of the examples, drawn by the seed."""
@@ -120,13 +131,12 @@ class Indexed:
 
     def epoch(self, number: int, skip: int, part: Part) -> Iterator[Slot]:
         whole = drawn(len(self.dataset), self.steps, self.seed, number)[skip:]
-        mine = [rows[part.of(len(rows))] for rows in whole]
-        for rows, own in zip(whole, mine):
-            _require_some(len(own), len(rows), part)
-        loader = DataLoader(self.dataset, batch_sampler=[r.tolist() for r in mine], num_workers=self.workers)
+        shares = [part.share(len(rows)) for rows in whole]
+        mine = [rows[own].tolist() for rows, (own, _) in zip(whole, shares)]
+        loader = DataLoader(self.dataset, batch_sampler=mine, num_workers=self.workers)
         checked = Batches(self.program, lambda: loader).labelled(self.labelled)
-        for (inputs, labels), rows, own in zip(checked, whole, mine, strict=True):
-            yield Slot(inputs, labels, _weight(own, rows, part), len(rows))
+        for (inputs, labels), rows, (_, weight) in zip(checked, whole, shares, strict=True):
+            yield Slot(inputs, labels, weight, len(rows))
 
 
 @dataclass
@@ -146,7 +156,9 @@ class Streamed:
     @cached_property
     def steps(self) -> int:
         source = self.data.source()
-        return len(source) if isinstance(source, Sized) else sum(1 for _ in read(lambda: source))
+        with suppress(TypeError):  # a DataLoader over an IterableDataset has a length that cannot be asked for
+            return len(source)  # type: ignore[arg-type]
+        return sum(1 for _ in read(lambda: source))
 
     def epoch(self, number: int, skip: int, part: Part) -> Iterator[Slot]:
         with self._own_generators(number):
@@ -154,14 +166,27 @@ class Streamed:
 
     def _shared(self, number: int, skip: int, part: Part) -> Iterator[Slot]:
         infos = self.data.program.inputs
-        for index, (inputs, labels) in enumerate(self._seeded(number)):
+        for index, (inputs, labels) in enumerate(self._counted(number)):
             if index < skip:
                 continue
             size = count_examples(infos, inputs)
-            mine = range(size)[part.of(size)]
-            _require_some(len(mine), size, part)
-            rows = slice(mine.start, mine.stop)
-            yield Slot(some_examples(infos, inputs, rows), labels[rows], len(mine) * part.count / size, size)
+            rows, weight = part.share(size)
+            yield Slot(some_examples(infos, inputs, rows), labels[rows], weight, size)
+
+    def _counted(self, epoch: int) -> Iterator[tuple[Inputs, torch.Tensor]]:
+        """The batches of an epoch. Raises DataError unless they are as many as were counted, which the schedule goes
+        by."""
+        count = 0
+        for count, batch in enumerate(self._seeded(epoch), 1):
+            if count > self.steps:
+                break
+            yield batch
+        if count != self.steps:
+            given = f"{count} batches" if count < self.steps else f"more than {self.steps} batches"
+            raise DataError(
+                f"the data give {given} in epoch {epoch + 1}, and were counted as {self.steps}",
+                hint="give data with the same number of batches each time, and with that length where they tell one",
+            )
 
     @contextmanager
     def _own_generators(self, epoch: int) -> Iterator[None]:
@@ -205,7 +230,9 @@ def as_examples(
     index, at random. A `DataLoader`, a function and any other iterable stream: their batches are the steps, in their
     order, and they are started anew for each epoch.
     """
-    if isinstance(data, Dataset) and hasattr(data, "__len__"):
+    if isinstance(data, DataLoader):
+        _require_whole(data)
+    if isinstance(data, Dataset) and hasattr(data, "__len__") and not isinstance(data, IterableDataset):
         if len(cast(Sized, data)) == 0:
             raise DataError("the dataset is empty", hint="give at least one example")
         return Indexed(program, data, batch_size, seed, workers, labelled)
@@ -230,6 +257,17 @@ def hold(batches: Batches, batch_size: int, seed: int, labelled: bool = True) ->
     return Held(tuple(tensors), labels, batch_size, seed)
 
 
+def _require_whole(loader: DataLoader[Any]) -> None:
+    """Raise OptionError for a DataLoader that gives each process a share of its own, of which each would then get a
+    share again."""
+    samplers = (loader.sampler, getattr(loader.batch_sampler, "sampler", None))
+    if any(isinstance(s, DistributedSampler) for s in samplers):
+        raise OptionError(
+            "the DataLoader has a DistributedSampler, and each process would train on a part of its part",
+            hint="leave the sampler out: fxpress shares each batch among the processes itself",
+        )
+
+
 def _one_set(program: Program, data: Any, labelled: bool) -> list[tuple[Any, ...]] | None:
     """`data` as one batch, if they are a tuple (inputs..., labels) of all examples.
 
@@ -246,15 +284,3 @@ def _one_set(program: Program, data: Any, labelled: bool) -> list[tuple[Any, ...
         counts = ", ".join(str(len(t)) for t in data[:-1])
         raise DataError(f"the data hold {counts} examples and {len(data[-1])} labels", hint="give one label for each")
     return [data] if arrays and len({len(t) for t in data}) == 1 else None
-
-
-def _weight(mine: Sized, whole: Sized, part: Part) -> float:
-    return len(mine) * part.count / len(whole)
-
-
-def _require_some(mine: int, whole: int, part: Part) -> None:
-    if mine == 0:
-        raise DataError(
-            f"a batch of {whole} examples is shared by {part.count} processes, and one of them has nothing to do",
-            hint="give a larger batch_size, or start fewer processes",
-        )

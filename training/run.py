@@ -14,6 +14,7 @@ from ..errors import FxpressError, TrainingError, first_line, line_of
 from ..frontend.program import Program
 from ..passes.prune.recovery.muon import lookup_tables
 from .average import Average, Tensors, assign, copied, values
+from .batch_statistics import one_value_norms, require_statistics
 from .checkpoint import Checkpoint, CheckpointFolder, EpochRecord, Position
 from .diagnosis import checked_scalar, not_finite
 from .engine import Engine, Step
@@ -67,6 +68,7 @@ class Run:
         self.keeps_best = options.keep == "best" or (options.keep is None and hooks.judge is not None)
         self.position = Position()
         self.total = options.epochs * examples.steps
+        self.one_value_norms = one_value_norms(program)
 
     def to_end(self, saving: Saving | None) -> EpochRecord:
         """Train what is left, and leave the weights to keep in the program. Returns the record of their epoch."""
@@ -104,6 +106,8 @@ class Run:
         place = (self.options.seed, "step", here.step, self.engine.part.rank)
         seed_all(*place)
         loss = checked_scalar(self.engine.loss(self.wrapped, batch)) * slot.weight
+        if self.engine.part.smallest(slot.total) == 1:  # the same in all processes; objectives may freeze norms
+            require_statistics(self.one_value_norms, here.step)
         self.engine.backward(loss)
         norm = self.engine.update(self.optimizer, list(self.named.values()), self.options.clip_norm)
         value = float(loss.detach())
