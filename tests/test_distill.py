@@ -193,6 +193,67 @@ def test_features_over_time_are_adapted_in_channels(stride):
         Distillation(small, Waves(6, 2).eval(), [Features((("mix", "mix"),))])
 
 
+class Tokens(nn.Module):
+    """Tokens [N, T, C] to scores [N, 5], or of each token [N, T, 5]."""
+
+    def __init__(self, width: int, each: bool = False) -> None:
+        super().__init__()
+        self.embed, self.head, self.each = nn.Linear(6, width), nn.Linear(width, 5), each
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = torch.relu(self.embed(x))
+        return self.head(x if self.each else x.mean(1))
+
+
+def tokens(width: int, **options: bool) -> nn.Module:
+    torch.manual_seed(width)
+    return Tokens(width, **options).eval()
+
+
+@pytest.mark.parametrize("width", [4, 8])
+def test_attention_is_paid_to_tokens_whatever_their_width(width):
+    x, small, large = torch.randn(6, 10, 6), tokens(4), tokens(width)
+    program = fxpress.capture(small, x[:2])
+    got = Distillation(program, large, [Attention((("embed", "embed"),))])(program, Batch((x,), torch.zeros(6)))
+    mine, theirs = (F.normalize(m.embed(x).square().mean(2), dim=1) for m in (small, large))
+    assert torch.allclose(got, (mine - theirs).square().sum(1).mean(), atol=1e-6)
+    with pytest.raises(OptionError, match="different numbers of places"):
+        Attention((("a", "a"),)).adapters(Seen(x, {"a": x}), Seen(x, {"a": x[:, 1:]}))
+
+
+class Swin(nn.Module):
+    """Maps of a convolution, then [N, H, W, C]."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.stem, self.mix, self.head = nn.Conv2d(3, width, 2, 2), nn.Linear(width, width), nn.Linear(width, 5)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.head(self.mix(self.stem(x).permute(0, 2, 3, 1)).mean((1, 2)))
+
+
+def test_features_with_channels_last_are_adapted_in_the_last_dimension():
+    x = torch.randn(4, 3, 8, 8)
+    program = fxpress.capture(Swin(4).eval(), x[:2])
+    objective = Distillation(program, Swin(6).eval(), [Features((("mix", "mix"), ("stem", "stem")))])
+    mix, stem = objective.adapters[0]
+    assert (type(mix), mix.in_features, mix.out_features) == (nn.Linear, 4, 6)
+    assert (type(stem), stem.out_channels) == (nn.Conv2d, 6)
+    assert torch.isfinite(objective(program, Batch((x,), torch.zeros(4))))
+
+
+@pytest.mark.parametrize("length", [3, 5])
+def test_scores_of_tokens_are_distilled_over_their_classes(length):
+    x, labels = torch.randn(4, length, 6), torch.randint(5, (4, length))
+    small, large = tokens(4, each=True), tokens(8, each=True)
+    program = fxpress.capture(small, x[:2])
+    for taught in (large, fxpress.capture(large, x[:2])):
+        got = Distillation(program, taught, [SoftLabels(1.0), Relations()], labels=0.5)(program, Batch((x,), labels))
+        mine, theirs = (Seen(m(x).flatten(0, 1), {}) for m in (small, large))
+        terms = SoftLabels(1.0)(mine, theirs, []) + Relations()(mine, theirs, [])
+        assert torch.allclose(got, terms + 0.5 * F.cross_entropy(mine.scores, labels.flatten()), rtol=1e-5)
+
+
 class Two(nn.Module):
     def forward(self, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
         return (x + y).mean((2, 3))

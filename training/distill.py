@@ -19,17 +19,16 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.nn import functional
 from torch.utils import _pytree as pytree
 
 from ..errors import DataError, OptionError, did_you_mean, explained
-from ..frontend.cost import op_name
 from ..frontend.program import Program, layer_name
 from ..passes.prune.recovery.partial_run import PartialRun
 from ..runtime.feed import example_tensors, leaves
 from .distill_terms import Seen, Term
 from .engine import move
-from .objectives import Batch, call, check_classes, class_labels
+from .layout import channel_dim
+from .objectives import Batch, call, label_loss, scores_tokens
 
 Inputs = tuple[torch.Tensor, ...]
 
@@ -55,6 +54,7 @@ class Distillation(nn.Module):
         super().__init__()
         _check_weights(terms, labels, label_smoothing)
         self.terms, self.label_weight, self.label_smoothing = tuple(terms), labels, label_smoothing
+        self._asked: tuple[Program, bool] | None = None
         self._student = _ProgramView([s for t in terms for s, _ in t.pairs])
         self._teacher = _Teacher(student, teacher, [t for term in terms for _, t in term.pairs])
         self.adapters = self._make_adapters(student, seed)
@@ -71,18 +71,28 @@ class Distillation(nn.Module):
 
     def forward(self, program: Program, batch: Batch) -> torch.Tensor:
         """The loss of one batch."""
-        student, teacher = self._student(program, batch.inputs), self._teacher(batch.inputs)
+        seen, taught = self._student(program, batch.inputs), self._teacher(batch.inputs)
+        student, teacher = self._classes_second(program, seen, taught)
         _check_scores(student, teacher)
         losses = [
             term.weight * term(student, teacher, adapters)
             for term, adapters in zip(self.terms, self.adapters)  # type: ignore[arg-type]
         ]
         if self.label_weight:
-            check_classes(student.scores, batch.labels)
-            labels = class_labels(batch.labels)
-            loss = functional.cross_entropy(student.scores, labels, label_smoothing=self.label_smoothing)
-            losses.append(self.label_weight * loss)
+            losses.append(self.label_weight * label_loss(student.scores, batch, self.label_smoothing))
         return torch.stack(losses).sum()
+
+    def _classes_second(self, program: Program, student: Seen, teacher: Seen) -> tuple[Seen, Seen]:
+        """Scores of tokens [N, tokens, classes] as all terms expect them, [N, classes, tokens]. What the student's
+        program says is taken to hold for the teacher, too, which may be a module."""
+        if student.scores.ndim != 3 or teacher.scores.ndim != 3 or not self._scores_tokens(program):
+            return student, teacher
+        return tuple(seen._replace(scores=seen.scores.transpose(1, 2)) for seen in (student, teacher))  # type: ignore[return-value]
+
+    def _scores_tokens(self, program: Program) -> bool:
+        if self._asked is None or self._asked[0] is not program:
+            self._asked = program, scores_tokens(program)
+        return self._asked[1]
 
     def _make_adapters(self, student: Program, seed: int) -> nn.ModuleList:
         """Each term's adapters, for the sizes that one run on the example inputs shows."""
@@ -92,6 +102,7 @@ class Distillation(nn.Module):
             what = "the teacher does not run on the student's inputs"
             with explained(OptionError, what, "teacher and student take the same inputs"):
                 taught = self._teacher(inputs)
+        seen, taught = self._classes_second(student, seen, taught)
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
             return nn.ModuleList(nn.ModuleList(term.adapters(seen, taught)) for term in self.terms)
@@ -132,10 +143,11 @@ class _ProgramView:
             nodes = [program.output_nodes()[0], *(named_node(program, n) for n in self.names)]
             self._run = PartialRun(program, nodes)
             self._nodes = nodes
-            self._maps = frozenset(name for name, node in zip(self.names, nodes[1:]) if channels_second(node))
+            self._channels = {name: channel_dim(node) for name, node in zip(self.names, nodes[1:])}
         values = self._run(inputs)
         first, *others = self._nodes
-        return Seen(values[first].float(), {n: values[v].float() for n, v in zip(self.names, others)}, self._maps)
+        features = {n: values[v].float() for n, v in zip(self.names, others)}
+        return Seen(values[first].float(), features, self._channels)
 
 
 def named_node(program: Program, name: str) -> Any:
@@ -148,30 +160,6 @@ def named_node(program: Program, name: str) -> Any:
         known = sorted({layer_name(n) for n in nodes})
         raise OptionError(f"the program has no node or module {name!r}", hint=did_you_mean(name, known, "layers"))
     return found[-1]
-
-
-def channels_second(node: Any) -> bool:
-    """Is a value of three dimensions [N, C, places], by the op that its channels come from?"""
-    while node.op == "call_function" and node.all_input_nodes:
-        name = op_name(node)
-        if name in _CHANNELS_SECOND:
-            return node.meta["val"].ndim == 3
-        if name in _MOVES or node.all_input_nodes[0].op == "get_attr":
-            return False
-        node = node.all_input_nodes[0]
-    return False
-
-
-# fmt: off
-_CHANNELS_SECOND = frozenset(f"aten.{n}" for n in (
-    "conv1d", "conv_transpose1d", "batch_norm", "instance_norm", "group_norm", "max_pool1d", "avg_pool1d",
-    "adaptive_avg_pool1d",
-))
-_MOVES = frozenset(f"aten.{n}" for n in (
-    "linear", "layer_norm", "embedding", "matmul", "bmm", "permute", "transpose", "view", "reshape", "flatten",
-    "unflatten", "scaled_dot_product_attention", "lstm", "gru",
-))
-# fmt: on
 
 
 def _is_feature(node: Any) -> bool:

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import ClassVar, NamedTuple, Protocol
 
 import torch
@@ -31,16 +32,18 @@ _SMALLEST = 1e-8
 class Seen(NamedTuple):
     """What one model gave for a batch: its scores [N, classes, ...] and the values of named nodes, in float32.
 
-    `maps` names those values of three dimensions that are [N, C, places] and not [N, tokens, C].
+    `channels` says which dimension of a value holds its channels, where the graph says it (layout.py).
     """
 
     scores: torch.Tensor
     features: dict[str, torch.Tensor]
-    maps: frozenset[str] = frozenset()
+    channels: Mapping[str, int | None] = MappingProxyType({})
 
     def is_map(self, name: str) -> bool:
-        """Are the channels of a value its second dimension?"""
-        return self.features[name].ndim >= 4 or name in self.maps
+        """Is a value [N, C, places...], and not [N, tokens..., C]? Of three dimensions only where the graph says so, of
+        more unless it says otherwise."""
+        dims, channels = self.features[name].ndim, self.channels.get(name)
+        return channels == 1 if dims == 3 else dims > 3 and channels != dims - 1
 
 
 class Term(Protocol):
@@ -163,7 +166,8 @@ def _relative(mine: torch.Tensor, theirs: torch.Tensor) -> torch.Tensor:
 
 @dataclass(frozen=True)
 class Attention:
-    """Where the values of named nodes [N, C, H, W] are large (Zagoruyko and Komodakis 2017)."""
+    """Where the values of named nodes are large, at which places of maps [N, C, H, W] or in which of tokens
+    [N, tokens, C] (Zagoruyko and Komodakis 2017)."""
 
     pairs: Pairs
     weight: float = 1.0
@@ -176,14 +180,19 @@ class Attention:
             for name, value in ((s, student.features[s]), (t, teacher.features[t])):
                 if value.ndim < 3:
                     raise OptionError(f"{name} has no places to attend to: {list(value.shape)}", hint="name a map")
-            if not student.is_map(s) and student.features[s].shape[2:] != teacher.features[t].shape[2:]:
+            tokens = [seen.features[n].shape[1:-1] for seen, n in ((student, s), (teacher, t))]
+            if not student.is_map(s) and tokens[0] != tokens[1]:
                 raise OptionError(f"{s} and {t} attend to different numbers of places", hint="pair values of one size")
         return []
 
     def __call__(self, student: Seen, teacher: Seen, adapters: Sequence[nn.Module]) -> torch.Tensor:
         losses = []
         for s, t in self.pairs:
-            mine, theirs = _same_size(student.features[s], teacher.features[t], student.is_map(s))
+            mine, theirs = student.features[s], teacher.features[t]
+            if student.is_map(s):
+                mine, theirs = _same_size(mine, theirs, is_map=True)
+            else:
+                mine, theirs = mine.movedim(-1, 1), theirs.movedim(-1, 1)
             losses.append((attention_map(mine) - attention_map(theirs)).square().sum(1).mean())
         return torch.stack(losses).mean()
 

@@ -20,6 +20,7 @@ from ..errors import DataError
 from ..frontend.batches import NO_LABEL
 from ..frontend.program import Program
 from ..runtime.feed import leaves
+from .layout import channel_dim
 
 
 class Batch(NamedTuple):
@@ -54,14 +55,37 @@ def scores(program: Program, inputs: tuple[torch.Tensor, ...]) -> torch.Tensor:
 
 @dataclass(frozen=True)
 class CrossEntropy:
-    """Cross entropy of the first output [N, classes, ...] with class numbers [N, ...] or shares [N, classes, ...]."""
+    """Cross entropy of the first output [N, classes, ...] with class numbers [N, ...] or shares [N, classes, ...], or
+    of an output [N, tokens, classes] with class numbers [N, tokens]."""
 
     label_smoothing: float = 0.0
 
     def __call__(self, program: Program, batch: Batch) -> torch.Tensor:
         output = scores(program, batch.inputs)
-        check_classes(output, batch.labels)
-        return functional.cross_entropy(output, class_labels(batch.labels), label_smoothing=self.label_smoothing)
+        if _labels_tokens(program, output, batch.labels):
+            output = output.transpose(1, 2)
+        return label_loss(output, batch, self.label_smoothing)
+
+
+def _labels_tokens(program: Program, output: torch.Tensor, labels: torch.Tensor) -> bool:
+    """Are labels [N, A] the class numbers of the tokens of an output [N, A, classes]? Where the shapes fit both ways,
+    the program says it."""
+    if output.ndim != 3 or labels.ndim != 2 or labels.is_floating_point():
+        return False
+    tokens, others = (labels.shape[1] == output.shape[dim] for dim in (1, 2))
+    return tokens and (not others or scores_tokens(program))
+
+
+def scores_tokens(program: Program) -> bool:
+    """Is the first output [N, tokens, classes], by the layer that it comes from?"""
+    node = program.output_nodes()[0]
+    return node.meta["val"].ndim == 3 and channel_dim(node) == 2
+
+
+def label_loss(output: torch.Tensor, batch: Batch, smoothing: float) -> torch.Tensor:
+    """Cross entropy of an output [N, classes, ...] with the batch's labels. Raises DataError where they do not fit."""
+    check_classes(output, batch.labels)
+    return functional.cross_entropy(output, class_labels(batch.labels), label_smoothing=smoothing)
 
 
 def check_classes(output: torch.Tensor, labels: torch.Tensor) -> None:
