@@ -29,9 +29,9 @@ class Net(nn.Module):
         return self.head(self.two(self.one(x)).mean((2, 3)))
 
 
-def student(width: int = 4) -> fxpress.Program:
+def student(width: int = 4, **options: int) -> fxpress.Program:
     torch.manual_seed(0)
-    return fxpress.capture(Net(width).eval(), torch.randn(2, 3, 8, 8))
+    return fxpress.capture(Net(width, **options).eval(), torch.randn(2, 3, 8, 8))
 
 
 def teacher(width: int = 8, **options: int) -> nn.Module:
@@ -280,6 +280,8 @@ def two_inputs() -> fxpress.Program:
         (lambda: Distillation(student(), "resnet18", [SoftLabels()]), OptionError, "teacher is a str"),
         (lambda: Distillation(student(), nn.Linear(3, 5), [SoftLabels()]), OptionError, "does not run on the student"),
         (lambda: Distillation(student(), two_inputs(), [SoftLabels()]), OptionError, "takes 2 inputs"),
+        (lambda: Distillation(student(classes=1), teacher(classes=1), [SoftLabels()]), OptionError, "nothing to learn"),
+        (lambda: Distillation(student(classes=1), teacher(classes=1), [Relations()]), OptionError, "nothing to learn"),
         (lambda: SoftLabels(temperature=0.0), OptionError, "temperature"),
         (lambda: Features(()), OptionError, "pairs"),
         (

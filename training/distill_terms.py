@@ -74,6 +74,7 @@ class SoftLabels:
         _require_temperature(self.temperature)
 
     def adapters(self, student: Seen, teacher: Seen) -> list[nn.Module]:
+        _require_classes(student, teacher)
         return []
 
     def __call__(self, student: Seen, teacher: Seen, adapters: Sequence[nn.Module]) -> torch.Tensor:
@@ -95,6 +96,7 @@ class Relations:
         _require_temperature(self.temperature)
 
     def adapters(self, student: Seen, teacher: Seen) -> list[nn.Module]:
+        _require_classes(student, teacher)
         return []
 
     def __call__(self, student: Seen, teacher: Seen, adapters: Sequence[nn.Module]) -> torch.Tensor:
@@ -240,6 +242,16 @@ def _same_size(mine: torch.Tensor, theirs: torch.Tensor, is_map: bool) -> tuple[
 def _require_temperature(value: float) -> None:
     if not value > 0:
         raise OptionError(f"the temperature is {value!r}", hint="give a positive number, such as 4")
+
+
+def _require_classes(student: Seen, teacher: Seen) -> None:
+    """Raise OptionError for scores of one class: their softmax is 1 whatever the network says."""
+    for seen in (student, teacher):
+        if seen.scores.ndim < 2 or seen.scores.shape[1] < 2:
+            raise OptionError(
+                f"scores of shape {list(seen.scores.shape)} tell no classes apart: there is nothing to learn from them",
+                hint="give Features, matched_values or an objective of your own",
+            )
 
 
 def _require_pairs(pairs: Pairs) -> None:
