@@ -18,6 +18,7 @@ from ..errors import CaptureError, FxpressError, OutputError, first_line
 from .fake_run import recurrent_at_once
 from .operators import declare_operators
 from .program import Program, StageRecord, TensorInfo, parse_metadata
+from .train_modes import UNTRAINED, training_notes
 
 _EXTRA = "fxpress.json"
 
@@ -25,6 +26,7 @@ _EXTRA = "fxpress.json"
 def save_program(program: Program, path: Path) -> None:
     """Export the program's graph again and write it to `path` in one step."""
     exported = export_again(program)
+    described = {**program.metadata(), UNTRAINED: training_notes(program)}
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         handle, temporary = tempfile.mkstemp(suffix=".pt2", dir=path.parent)
@@ -32,7 +34,7 @@ def save_program(program: Program, path: Path) -> None:
     except OSError as error:
         raise OutputError(f"cannot write {path}: {error.strerror}", hint="choose a folder you may write to") from error
     try:
-        torch.export.save(exported, temporary, extra_files={_EXTRA: json.dumps(program.metadata())})
+        torch.export.save(exported, temporary, extra_files={_EXTRA: json.dumps(described)})
         os.replace(temporary, path)
     except BaseException:
         Path(temporary).unlink(missing_ok=True)
@@ -57,6 +59,7 @@ def load_program(path: Path) -> Program:
         ) from error
     data = parse_metadata(extra[_EXTRA])
     program = program_from_exported(exported, dim_names=_dim_names(data))
+    program.graph_module.meta[UNTRAINED] = data.get(UNTRAINED, [])
     program.log = [StageRecord(**record) for record in data.get("log", [])]
     if data:
         program.inputs = tuple(_tensor_info(i) for i in data["inputs"])

@@ -14,6 +14,8 @@ from typing import cast
 
 from torch import nn
 from torch.nn.modules.batchnorm import _NormBase
+from torch.nn.utils import parametrizations
+from torch.nn.utils.spectral_norm import SpectralNorm
 
 from .program import Program
 
@@ -32,17 +34,40 @@ def differences_in_training(module: nn.Module) -> list[str]:
             part.momentum = _MOMENTUM
             averaging.append(name)
     random = [name or type(part).__name__ for name, part in module.named_modules() if _is_random(part)]
+    spectral = [_owner(name) or type(module).__name__ for name, part in module.named_modules() if _is_spectral(part)]
+    own = [name or type(part).__name__ for name, part in module.named_modules() if _has_own_train(part)]
     notes = []
     if averaging:
         notes.append(f"{_listed(averaging)}: average over all batches (momentum=None), here with momentum {_MOMENTUM}")
     if random:
         notes.append(f"{_listed(random)}: what is dropped at random in training is not dropped here")
+    if spectral:
+        notes.append(f"{_listed(spectral)}: the norm that spectral_norm divides by stays that of capture")
+    if own:
+        notes.append(f"{_listed(own)}: what the module's own train() does is not followed")
     return notes
 
 
 def training_notes(program: Program) -> list[str]:
     """What people should know before they train a captured program."""
     return list(program.graph_module.meta.get(UNTRAINED, ()))
+
+
+def _is_spectral(part: nn.Module) -> bool:
+    """Does it track the largest singular value of a weight? In evaluation the vectors that find it stand still."""
+    hooks = part._forward_pre_hooks.values()
+    return isinstance(part, parametrizations._SpectralNorm) or any(isinstance(h, SpectralNorm) for h in hooks)
+
+
+def _owner(name: str) -> str:
+    """The layer that a parametrization belongs to."""
+    return name.partition("parametrizations")[0].rstrip(".")
+
+
+def _has_own_train(part: nn.Module) -> bool:
+    """Does a class outside torch decide itself what training means (as by keeping its norms in evaluation)?"""
+    owner = next((c for c in type(part).__mro__ if "train" in vars(c)), nn.Module)
+    return not owner.__module__.startswith("torch.")
 
 
 def _is_random(part: nn.Module) -> bool:
