@@ -309,6 +309,31 @@ def test_shared_weights_and_parts_of_a_split():
     assert check_layers(folded, (x,)).kept
 
 
+class SharedConv(nn.Module):
+    """A convolution that is used twice, each time with a BatchNorm of its own, as in the heads of detectors."""
+
+    def __init__(self, bias: bool) -> None:
+        super().__init__()
+        self.stem, self.conv = nn.Conv2d(3, 6, 3, 1, 1), nn.Conv2d(6, 6, 3, 1, 1, bias=bias)
+        self.one, self.two, self.head = nn.BatchNorm2d(6), nn.BatchNorm2d(6), nn.Linear(6, 5)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = torch.relu(self.stem(x))
+        near, far = torch.relu(self.one(self.conv(x))), torch.relu(self.two(self.conv(F.avg_pool2d(x, 2))))
+        return self.head(near.mean((2, 3)) + far.mean((2, 3)))
+
+
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("name", ["tensorrt", "openvino"])
+def test_a_norm_that_was_never_fused_stays(name, bias):
+    target = load_target(name)
+    fake = train(run(captured(SharedConv(bias)), f"{KEPT},{OBSERVED},fake-quantize", target), steps=4)
+    folded = run(fake, "fold-fake-quantize", target)
+    x = data()[0][0]
+    assert len(list(find(folded, torch.ops.aten.batch_norm.default))) == 2, "as in quantize"
+    assert torch.allclose(folded(x), fake(x), atol=0.02 * float(fake(x).detach().abs().max()))
+
+
 def test_saved_and_loaded_it_trains_and_folds(tmp_path):
     fake = train(faked(), 2)
     fake.save(tmp_path / "fake.pt2")
@@ -379,6 +404,31 @@ def test_train_quantized_gives_integers_that_the_runtime_computes():
 
 def norm_modes(program: fxpress.Program) -> set[bool]:
     return {n.args[5] for n in program.graph.nodes if "batch_norm" in str(n.target)}
+
+
+class Written(nn.Module):
+    """Weights that are computed, a product with a bias, and padding beside the layer."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.utils.parametrizations.weight_norm(nn.Conv2d(3, 8, 3))
+        self.plain, self.norm = nn.Conv2d(8, 8, 3), nn.BatchNorm2d(8)
+        self.weight, self.bias = nn.Parameter(torch.randn(8, 5)), nn.Parameter(torch.zeros(5))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = torch.relu(self.norm(self.plain(F.pad(torch.relu(self.conv(x)), (1, 1, 1, 1)))))
+        return torch.addmm(self.bias, x.mean((2, 3)), self.weight)
+
+
+def test_train_quantized_quantizes_what_quantize_does():
+    program, batches = captured(Written()), data()
+    trained = fxpress.train_quantized(program, (batches[0][0], torch.arange(8) % 5), calibration=batches)
+
+    def integers(p: fxpress.Program) -> list[list[int]]:
+        return [list(t.shape) for t in p.state_dict().values() if t.dtype == torch.int8]
+
+    assert integers(trained) == integers(fxpress.quantize(program, batches))
+    assert len(integers(trained)) == 3
 
 
 def test_norms_freeze_at_their_step_and_train_again_afterwards():

@@ -24,8 +24,8 @@ from ..errors import OptionError
 from ..frontend.batches import as_batches
 from ..frontend.program import FROZEN, Program, require_program
 from ..passes.base import Context
-from ..passes.fuse_batchnorm import FuseBatchNorm
 from ..passes.manager import PassManager
+from ..passes.pipeline import parse_pipeline
 from ..passes.prune.recovery.reestimate import reestimate_statistics
 from ..passes.quantize.fake_quant import FakeQuantize
 from ..passes.quantize.fold_fake_quant import FoldFakeQuantize
@@ -36,6 +36,7 @@ from .objectives import Batch, CrossEntropy, Objective, reads_labels
 from .options import SGD, TrainingOptions
 from .schedules import check_numbers
 
+_PREPARED = "cleanup,canonicalize,fuse-batchnorm{keep=true}"  # as fxpress.quantize does, its norms kept
 DEFAULT_OPTIONS = TrainingOptions(epochs=1, optimizer=SGD(0.01, weight_decay=1e-4))
 
 
@@ -78,7 +79,7 @@ def train_quantized(
     require_program(program)
     options, simulation = options or DEFAULT_OPTIONS, simulation or Simulation()
     context = Context(load_target(target), as_batches(program, calibration), seed=options.seed)
-    passes = [FuseBatchNorm(keep=True), Annotate(keep_float), Observe(), Calibrate(), simulation.fake]
+    passes = [*parse_pipeline(_PREPARED), Annotate(keep_float), Observe(), Calibrate(), simulation.fake]
     fake = PassManager(passes).run(program, context)
     trained = train_simulated(fake, data, options, context.calibration, simulation, **choices)
     return PassManager([FoldFakeQuantize()]).run(trained.program, context)

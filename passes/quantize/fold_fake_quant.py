@@ -7,6 +7,7 @@ quantized layer a factor in those scales. Then `fold` does what it does after ca
 
 from __future__ import annotations
 
+from collections import Counter
 from dataclasses import dataclass
 from typing import Any
 
@@ -63,8 +64,9 @@ def fold_fake_quantized(program: Program, target: Target) -> int:
         node.meta["custom"] = {k: v for k, v in (node.meta.get("custom") or {}).items() if k != MARK}
     _check_target(marks, target)
     layers = [n for n, m in marks.items() if m.get("kind") == "layer"]
+    shared = _shared_weights(layers)
     for layer in layers:
-        _fold_weight(program, layer)
+        _fold_weight(program, layer, owned=_weight_name(layer) not in shared)
     sites = Sites(samples=1)
     for node, mark in marks.items():
         if "site" in mark:
@@ -150,8 +152,20 @@ def _share_again(node: fx.Node, sites: Sites) -> None:
 # -- weights -------------------------------------------------------------------------------------------------------
 
 
-def _fold_weight(program: Program, layer: fx.Node) -> None:
-    """fake_quantize(W) -> its numbers as a constant, BatchNorm fused into them; the scales go into the layer's meta."""
+def _weight_name(layer: fx.Node) -> str:
+    return str(argument(layer, "weight").args[0].target)
+
+
+def _shared_weights(layers: list[fx.Node]) -> set[str]:
+    """The weights that more than one layer reads, by name."""
+    return {name for name, count in Counter(map(_weight_name, layers)).items() if count > 1}
+
+
+def _fold_weight(program: Program, layer: fx.Node, owned: bool) -> None:
+    """fake_quantize(W) -> its numbers as a constant, BatchNorm fused into them; the scales go into the layer's meta.
+
+    A norm behind weights that were shared, not `owned`, was never fused and stays what it is, as in `quantize`.
+    """
     fake = argument(layer, "weight")
     with torch.no_grad():
         weight, scale, zero_point = (_evaluated(program, n) for n in fake.args[:3])
@@ -159,12 +173,10 @@ def _fold_weight(program: Program, layer: fx.Node) -> None:
     _put_weight(program, layer, fake, torch.nn.Parameter(numbers))
     scales = effective_scale(scale).double().expand(weight.shape[0])
     norm = next(iter(layer.users)) if len(layer.users) == 1 else None
-    if norm is not None and is_op(norm, aten.batch_norm.default):
+    if owned and norm is not None and is_op(norm, aten.batch_norm.default):
         factor, _ = affine(program, norm)
-        reason = fuse_after(program, norm)
-        if reason is not None:
-            raise QuantizationError(f"the BatchNorm of {layer_name(layer)} cannot be folded: {reason}")
-        scales = scales * factor.abs()
+        if fuse_after(program, norm) is None:  # else it was not fused before, and training did not put it back
+            scales = scales * factor.abs()
     layer.meta[LEARNED_SCALES] = _usable(scales)
 
 
