@@ -34,10 +34,13 @@ import json, os, sys
 from pathlib import Path
 import numpy as np
 import torch
+from torch import nn
 import fxpress
 from fxpress.cli import main
 from fxpress.demo import DigitNet, load_digits
 from fxpress.runtime.evaluate import Top1
+from fxpress.training.distill import Distillation
+from fxpress.training.distill_terms import SoftLabels
 from fxpress.training.objectives import CrossEntropy
 
 torch.set_num_threads(1)
@@ -70,9 +73,16 @@ try:
     code = main([str(word) for word in command])
 except SystemExit as exit:
     code = exit.code
+dense = fxpress.Program.load(sys.argv[3])
+places = digits.inputs[:4, 0].long() % 4
+places[0, 1:], places[2:] = -100, -100  # a process has more places with a label than the other
+options = fxpress.TrainingOptions(batch_size=2, optimizer=fxpress.SGD(1.0))
+distilled = Distillation(dense, nn.Conv2d(1, 4, 1), [SoftLabels(1e-6)], labels=1.0)
+ignored = [fxpress.finetune(dense, lambda: [(digits.inputs[:4], places)], options, objective=o) for o in (None, distilled)]
 values = [t.double().sum().item() for t in trained.program.state_dict().values()]
 report = {"seen": seen, "told": len(told), "history": [[r.loss, r.metric] for r in trained.history],
-          "uneven": [p.detach().flatten().tolist() for p in uneven.parameters()], "scales": scales, "values": values, "code": code}
+          "uneven": [p.detach().flatten().tolist() for p in uneven.parameters()], "scales": scales, "values": values, "code": code,
+          "ignored": [[p.detach().flatten().tolist() for p in program.parameters()] for program in ignored]}
 (root / f"rank{rank}.json").write_text(json.dumps(report))
 """
 
@@ -82,6 +92,12 @@ def perceptron(digits) -> fxpress.Program:
     torch.manual_seed(0)
     module = nn.Sequential(nn.Flatten(), nn.Linear(64, 32), nn.ReLU(), nn.Linear(32, 10))
     return fxpress.capture(module, (digits.inputs[:2],))
+
+
+def dense(digits) -> fxpress.Program:
+    """Scores of four classes for each place."""
+    torch.manual_seed(0)
+    return fxpress.capture(nn.Conv2d(1, 4, 1), (digits.inputs[:2],))
 
 
 def launch(root: Path, script: str, *arguments: str, count: int = 2) -> subprocess.CompletedProcess[str]:
@@ -98,7 +114,8 @@ def ranks(tmp_path_factory, digits) -> SimpleNamespace:
     """What two processes reported, and the folder where they worked."""
     root = tmp_path_factory.mktemp("ranks")
     perceptron(digits).save(root / "perceptron.pt2")
-    done = launch(root, WORK, str(root / "perceptron.pt2"))
+    dense(digits).save(root / "dense.pt2")
+    done = launch(root, WORK, str(root / "perceptron.pt2"), str(root / "dense.pt2"))
     assert done.returncode == 0, done.stderr[-4000:]
     return SimpleNamespace(root=root, stderr=done.stderr, both=[json.loads((root / f"rank{r}.json").read_text()) for r in (0, 1)])
 
@@ -147,6 +164,17 @@ def test_without_batchnorm_the_weights_are_those_of_one_process(ranks, digits):
     for first, second, alone in zip(*(r["uneven"] for r in ranks.both), one.parameters(), strict=True):
         assert first == second
         assert torch.allclose(torch.tensor(first), alone.detach().flatten(), rtol=1e-3, atol=1e-5)
+
+
+def test_labels_that_do_not_count_weigh_nothing(ranks, digits):
+    places = digits.inputs[:4, 0].long() % 4
+    places[0, 1:], places[2:] = -100, -100
+    options = fxpress.TrainingOptions(batch_size=2, optimizer=fxpress.SGD(1.0))
+    one = fxpress.finetune(dense(digits), lambda: [(digits.inputs[:4], places)], options)
+    assert ranks.both[0]["ignored"] == ranks.both[1]["ignored"]
+    for many in ranks.both[0]["ignored"]:  # by cross entropy, and as a term of distillation
+        for shared, alone in zip(many, one.parameters(), strict=True):
+            assert torch.allclose(torch.tensor(shared), alone.detach().flatten(), rtol=1e-4, atol=1e-5)
 
 
 def test_calibration_gives_identical_ranges(ranks, program, digits):

@@ -11,6 +11,7 @@ import fxpress
 from fxpress.errors import DataError, OptionError, TrainingError
 from fxpress.training.batch_statistics import one_value_norms
 from fxpress.training.examples import Indexed, Part, Streamed, as_examples
+from fxpress.training.objectives import Batch, CrossEntropy
 from fxpress.training.options import TrainingOptions
 from fxpress.training.qat import freeze_norms
 
@@ -56,6 +57,17 @@ def test_all_processes_decide_alike():
     assert [Part(rank, 2).smallest(3) for rank in range(2)] == [1, 1]
     assert [len(range(3)[Part(rank, 2).of(3)]) for rank in range(2)] == [1, 2]
     assert Part(0, 4).smallest(2) == 1, "one of them works on an example that does not count"
+
+
+def test_a_batch_without_any_label_that_counts_teaches_nothing():
+    program = plain()
+    nothing = CrossEntropy()(program, Batch((INPUTS,), torch.full((17,), -100)))
+    assert nothing == 0.0
+    assert nothing.requires_grad
+    both = LABELS.clone()
+    both[8:] = -100
+    data = DataLoader(TensorDataset(INPUTS, both), batch_size=8)
+    assert torch.isfinite(fxpress.finetune(program, data)(INPUTS)).all()
 
 
 # -- what is shared already ---------------------------------------------------------------------------------------

@@ -18,7 +18,7 @@ from ..errors import OptionError, TrainingError, first_line
 from ..frontend.program import Program
 from ..passes.processor import has_bfloat16
 from .examples import Part
-from .objectives import Batch, Objective
+from .objectives import Batch, Objective, counted_labels
 from .options import Precision, TrainingOptions
 
 _DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -103,6 +103,15 @@ class Engine:
                 f"process {self.part.rank} begins at step {step}, the first one elsewhere",
                 hint="every process must see the same checkpoint folder",
             )
+
+    def label_weight(self, labels: torch.Tensor, weight: float) -> float:
+        """What a mean over this process's class numbers weighs beside the `weight` of its examples (`Batch`): processes
+        may have other shares of the labels that count than of the examples."""
+        if self.part.count == 1 or labels.is_floating_point():
+            return 1.0
+        own = counted_labels(labels) if weight else 0
+        each = self.mean(own)
+        return own / each / weight if own else 0.0
 
     def mean(self, value: float) -> float:
         """The mean over processes."""

@@ -25,12 +25,17 @@ from .layout import channel_dim
 
 class Batch(NamedTuple):
     """The part of a step's examples that this process works on: inputs in the order of `program.inputs`, labels, the
-    number of the step from the beginning of the training, from 0, and the share of the steps that are done before."""
+    number of the step from the beginning of the training, from 0, and the share of the steps that are done before.
+
+    `label_weight`: times this, a mean over the labels that count (not NO_LABEL) becomes what the mean over processes
+    makes that of the whole batch. It is 1 in one process, and where all processes have as large a share of the labels
+    that count as of the examples."""
 
     inputs: tuple[torch.Tensor, ...]
     labels: torch.Tensor
     step: int = 0
     done: float = 0.0
+    label_weight: float = 1.0
 
 
 Objective = Callable[[Program, Batch], torch.Tensor]
@@ -83,9 +88,18 @@ def scores_tokens(program: Program) -> bool:
 
 
 def label_loss(output: torch.Tensor, batch: Batch, smoothing: float) -> torch.Tensor:
-    """Cross entropy of an output [N, classes, ...] with the batch's labels. Raises DataError where they do not fit."""
+    """Cross entropy of an output [N, classes, ...] with the batch's labels, 0 where none of them counts. Raises
+    DataError where they do not fit."""
     check_classes(output, batch.labels)
-    return functional.cross_entropy(output, class_labels(batch.labels), label_smoothing=smoothing)
+    if counted_labels(batch.labels) == 0:
+        return output.sum() * 0
+    loss = functional.cross_entropy(output, class_labels(batch.labels), label_smoothing=smoothing)
+    return loss * batch.label_weight
+
+
+def counted_labels(labels: torch.Tensor) -> int:
+    """How many class numbers are there? Shares of classes count by the example."""
+    return len(labels) if labels.is_floating_point() else int((labels != NO_LABEL).sum())
 
 
 def check_classes(output: torch.Tensor, labels: torch.Tensor) -> None:

@@ -19,7 +19,7 @@ from .checkpoint import Checkpoint, CheckpointFolder, EpochRecord, Position
 from .diagnosis import checked_scalar, not_finite
 from .engine import Engine, Step
 from .examples import Augment, Examples, Slot
-from .objectives import Batch
+from .objectives import Batch, reads_labels
 from .options import TrainingOptions
 from .parameters import decay_groups, norm_parameters
 from .schedules import Plateau
@@ -127,7 +127,9 @@ class Run:
             generator = generator_for(self.options.seed, "augment", here.step, self.engine.part.rank)
             inputs = self.hooks.augment(inputs, generator)
         device = self.engine.device
-        return Batch(tuple(t.to(device) for t in inputs), slot.labels.to(device), here.step, here.step / self.total)
+        weight = self.engine.label_weight(slot.labels, slot.weight) if reads_labels(self.step.objective) else 1.0
+        moved = tuple(t.to(device) for t in inputs)
+        return Batch(moved, slot.labels.to(device), here.step, here.step / self.total, weight)
 
     def _rate(self) -> float:
         """The learning rate of the next step."""
