@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import os
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -28,7 +29,7 @@ from .compilation.options import (
     journal_beside,
     started_processes,
 )
-from .compilation.settings import Progress, Settings, Stages, quantizes
+from .compilation.settings import Progress, Settings, Stages, quantizes, trains
 from .compilation.steps import FLOAT_PIPELINE, compile_program, latency_clock
 from .errors import DataError, OptionError
 from .frontend.batches import Batches, as_batches
@@ -103,7 +104,8 @@ def compile(
     the bundle. `output` is the folder to write, `dump` one for the graph after each pass.
 
     `distributed`: the processes that `torchrun` started share the calibration. Each must make the same call; each gets
-    the artifact, and the first one writes it. Not with `max_drop`, whose search goes by the clock.
+    the artifact, and the first one writes it. Recipes that train need it there: a training uses all processes. Not with
+    `max_drop`, whose search goes by the clock.
 
     Raises FxpressError subclasses for everything that a user can mend.
     """
@@ -134,6 +136,11 @@ def compile(
         training=training,
     )
     check_settings(settings)
+    if processes is None and trains(settings.passes) and int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise OptionError(
+            "the recipe trains on all processes that torchrun started, and each would calibrate and write by itself",
+            hint="give distributed=True",
+        )
     check_origin(reference, plan)
     if calibration is None and quantizes(settings.passes):
         raise DataError("quantization needs calibration data", hint="give calibration (--data), or the recipe float")

@@ -166,6 +166,18 @@ def test_recipes_that_train_need_data(digits, program, recipe, kind):
         fxpress.compile(program, calibration=digits.inputs[:64].split(32), **made)
 
 
+@pytest.mark.parametrize("rank", ["0", "1"])
+def test_a_recipe_that_trains_is_refused_in_one_of_several_processes(digits, program, monkeypatch, rank):
+    """The training would be shared, the calibration and the files would not."""
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setenv("RANK", rank)
+    calibration = digits.inputs[:64].split(32)
+    with pytest.raises(OptionError, match="trains on all processes") as caught:
+        fxpress.compile(program, calibration=calibration, training=calibration, recipe="int8-qat")
+    assert "hint: give distributed=True" in str(caught.value)
+    fxpress.compile(program, recipe="float")
+
+
 def test_recipes_that_read_no_labels_need_none(digits, program):
     calibration = digits.inputs[:64].split(32)
     made = [
