@@ -11,6 +11,9 @@ import fxpress
 from fxpress.demo import DigitNet, load_digits
 from fxpress.errors import OptionError, PruningError, TrainingError
 from fxpress.runtime.evaluate import Top1
+from fxpress.training.describe import described
+from fxpress.training.distill import Distillation
+from fxpress.training.distill_terms import Attention, Features
 from fxpress.training.iterative import Shrink
 from fxpress.training.objectives import Batch, CrossEntropy
 from fxpress.training.options import SGD, AdamW, TrainingOptions
@@ -152,7 +155,26 @@ def test_zeros_of_a_sparse_plan_stay_zero(program, data, choices):
     assert any(not torch.equal(a, b) for a, b in zip(tuned.parameters(), sparse.parameters()))
 
 
+def test_adapters_are_as_wide_as_the_program_of_each_step(program, data):
+    teacher, few = program.copy(), tuple(t[:64] for t in data)
+    terms = [Features((("down", "down"),)), Attention((("down", "down"),))]
+    objective = Distillation(program, teacher, terms, labels=0.5, label_smoothing=0.1, seed=3)
+    pruned, _, steps = fxpress.prune_and_finetune(
+        program, few, macs=0.4, steps=2, objective=objective, shrink=Shrink("growing", 0.1)
+    )
+    assert len(steps) == 2
+    anew = objective.made_for(pruned)
+    (adapter,) = anew.adapters[0]
+    assert adapter.in_channels < adapter.out_channels == 32
+    assert described(anew) == described(objective)
+
+
 def test_what_makes_no_sense_is_refused(program, data):
+    for bad in (-0.1, float("nan"), float("inf"), "1%"):
+        with pytest.raises(OptionError, match="max_drop is"):
+            fxpress.prune_and_finetune(program, data, macs=0.5, max_drop=bad, evaluate=lambda run: 0.0)
+    with pytest.raises(OptionError, match="shrink is 'growing'"):
+        fxpress.prune_and_finetune(program, data, macs=0.5, shrink="growing")
     with pytest.raises(OptionError, match="exactly one budget"):
         fxpress.prune_and_finetune(program, data)
     with pytest.raises(OptionError, match="max_drop has no effect"):

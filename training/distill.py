@@ -41,6 +41,8 @@ class Distillation(nn.Module):
     Raises OptionError for names that neither knows and for weights that leave nothing to learn.
     """
 
+    tells_classes = True
+
     def __init__(
         self,
         student: Program,
@@ -54,6 +56,7 @@ class Distillation(nn.Module):
         super().__init__()
         _check_weights(terms, labels, label_smoothing)
         self.terms, self.label_weight, self.label_smoothing = tuple(terms), labels, label_smoothing
+        self._seed = seed
         self._asked: tuple[Program, bool] | None = None
         self._student = _ProgramView([s for t in terms for s, _ in t.pairs])
         self._teacher = _Teacher(student, teacher, [t for term in terms for _, t in term.pairs])
@@ -68,6 +71,11 @@ class Distillation(nn.Module):
         """What it teaches, for checkpoints (describe.py)."""
         weights = {"labels": self.label_weight, "label_smoothing": self.label_smoothing}
         return {"terms": self.terms, **weights, "teacher": self._teacher.model}
+
+    def made_for(self, student: Program) -> Distillation:
+        """The same for another student, with adapters of its widths."""
+        options = {"labels": self.label_weight, "label_smoothing": self.label_smoothing, "seed": self._seed}
+        return Distillation(student, self._teacher.model, self.terms, **options)  # type: ignore[arg-type]
 
     def forward(self, program: Program, batch: Batch) -> torch.Tensor:
         """The loss of one batch."""

@@ -9,6 +9,7 @@ labels: `fxpress.prune_and_recover`.
 from __future__ import annotations
 
 import functools
+import math
 import numbers
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -21,6 +22,7 @@ from ..passes.prune.plan import PruningPlan
 from ..passes.prune.planning import plan_pruning
 from ..passes.prune.recovery.schedule import Choose, budget_of, kept_share
 from ..runtime.evaluate import Evaluate, least_allowed, measure, torch_runner
+from .distill import Distillation
 from .examples import Augment
 from .loop import Progress, Trained, train
 from .objectives import CrossEntropy, Objective
@@ -102,8 +104,8 @@ def prune_and_finetune(
     """
     require_program(program)
     name, share = budget_of(macs, params)
-    is_share = max_drop is None or (isinstance(max_drop, numbers.Real) and not isinstance(max_drop, bool))
-    require("max_drop", max_drop, is_share, "a share such as 0.01")
+    require("max_drop", max_drop, max_drop is None or _is_share(max_drop), "a share such as 0.01")
+    require("shrink", shrink, shrink is None or isinstance(shrink, Shrink), 'Shrink("growing"), or None')
     require("steps", steps, isinstance(steps, int) and not isinstance(steps, bool) and steps > 0, "1 or more")
     if max_drop is not None and evaluate is None:
         raise OptionError("max_drop has no effect without a metric", hint="give evaluate")
@@ -147,7 +149,8 @@ class _Job:
         pruned = plan.apply(shrunk)
         before = self.metric(pruned) if self.evaluate else None
         name = f"finetune {number}"
-        trained = self._trained(pruned, self.options, self.objective, self.evaluate, name, plan if plan.masks else None)
+        sparse, objective = plan if plan.masks else None, self._objective(pruned)
+        trained = self._trained(pruned, self.options, objective, self.evaluate, name, sparse)
         record = PruningStep(number, plan.macs[1], plan.parameters[1], before, trained.kept.metric, trained.kept.loss)
         return trained.program, plan, record
 
@@ -158,7 +161,7 @@ class _Job:
             return program, choose(program)
         options = replace(self.shrink.options or self.options, keep="last", patience=None)
         label_smoothing, options = options.label_smoothing, replace(options, label_smoothing=0.0)
-        base, strength = self.objective or CrossEntropy(label_smoothing), self.shrink.strength
+        base, strength = self._objective(program) or CrossEntropy(label_smoothing), self.shrink.strength
         name = f"shrink {number}"
         if self.shrink.method == "growing":
             plan = choose(program)
@@ -167,6 +170,10 @@ class _Job:
         lasso = GroupLasso(program, base, strength=strength)
         shrunk = self._trained(program, options, lasso, None, name).program
         return shrunk, choose(shrunk)
+
+    def _objective(self, program: Program) -> Objective | None:
+        """The caller's objective for a program as narrow as this one: adapters of a distillation are of its widths."""
+        return self.objective.made_for(program) if isinstance(self.objective, Distillation) else self.objective
 
     def _trained(
         self,
@@ -187,6 +194,10 @@ class _Job:
         """The caller's metric, in PyTorch."""
         assert self.evaluate is not None
         return measure(self.evaluate, torch_runner(program)).value
+
+
+def _is_share(value: Any) -> bool:
+    return isinstance(value, numbers.Real) and not isinstance(value, bool) and 0 <= float(value) < math.inf
 
 
 def _figure(value: float | None) -> str:
