@@ -139,6 +139,12 @@ def make_engine(options: TrainingOptions) -> Engine:
         raise OptionError(
             f"Accelerate cannot start: {first_line(error)}", hint="one process trains on one device: start a new one"
         ) from error
+    if accelerator.mixed_precision != "no":
+        raise OptionError(
+            f"this process started Accelerate with mixed_precision={accelerator.mixed_precision!r}",
+            hint="start it without, and give TrainingOptions(precision=...)",
+        )
+    accelerator.gradient_accumulation_steps = 1  # it would divide the loss by what the environment says
     check_precision(options.precision, accelerator.device)
     return Engine(accelerator, options.precision)
 

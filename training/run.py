@@ -23,9 +23,12 @@ from .objectives import Batch, reads_labels
 from .options import TrainingOptions
 from .parameters import decay_groups, norm_parameters
 from .schedules import Plateau
+from .schedules import Step as Milestones
 from .seeding import generator_for, seed_all
 
 Progress = Callable[[str, int, int | None], None]
+# A scaled loss may overflow float16 for a few steps, until its scale, halved each time, is small enough: 2^16 at first.
+_MOST_SKIPPED = 31
 
 
 @dataclass(frozen=True)
@@ -67,6 +70,7 @@ class Run:
         self.best: Tensors | None = None
         self.keeps_best = options.keep == "best" or (options.keep is None and hooks.judge is not None)
         self.position = Position()
+        self.skipped = 0  # steps in a row without a finite gradient
         self.total = options.epochs * examples.steps
         self.one_value_norms = one_value_norms(program)
 
@@ -111,7 +115,8 @@ class Run:
         self.engine.backward(loss)
         norm = self.engine.update(self.optimizer, list(self.named.values()), self.options.clip_norm)
         value = float(loss.detach())
-        if not math.isfinite(value) or not (math.isfinite(norm) or self.engine.scaler.is_enabled()):
+        self.skipped = 0 if math.isfinite(norm) else self.skipped + 1
+        if not math.isfinite(value) or self.skipped > (_MOST_SKIPPED if self.engine.scaler.is_enabled() else 0):
             seed_all(*place)
             raise not_finite(self.program, batch, value)
         self.optimizer.zero_grad()
@@ -135,9 +140,11 @@ class Run:
         """The learning rate of the next step."""
         options, done = self.options, self.position.step / self.total
         peak = options.optimizer.learning_rate * self.position.factor
+        warmed = max(done - options.warmup, 0.0) / (1 - options.warmup)
+        rate = peak * options.schedule.factor(done if isinstance(options.schedule, Milestones) else warmed)
         if done < options.warmup:
-            return peak * options.schedule.factor(0.0) * (self.position.step + 1) / (options.warmup * self.total + 1)
-        return peak * options.schedule.factor((done - options.warmup) / (1 - options.warmup))
+            rate *= (self.position.step + 1) / (options.warmup * self.total + 1)
+        return rate
 
     # -- epochs -------------------------------------------------------------------------------------------------------
 

@@ -23,7 +23,7 @@ class Constant:
 
 @dataclass(frozen=True)
 class Step:
-    """Times `gamma` at each of `milestones`, which are shares of the training in (0, 1)."""
+    """Times `gamma` at each of `milestones`, which are shares of the whole training, warm-up included, in (0, 1)."""
 
     milestones: tuple[float, ...] = (0.5, 0.75)
     gamma: float = 0.1
