@@ -14,11 +14,15 @@ import fxpress
 from fxpress.errors import DataError, OptionError, TrainingError
 from fxpress.passes.prune.recovery.shuffle import flip_and_shift
 from fxpress.runtime.evaluate import Top1
+from fxpress.training.distill import Distillation
+from fxpress.training.distill_terms import SoftLabels
 from fxpress.training.engine import move
-from fxpress.training.objectives import CrossEntropy, scores
+from fxpress.training.objectives import CrossEntropy, scores, tells_classes
 from fxpress.training.options import SGD, AdamW, TrainingOptions
+from fxpress.training.qat import FreezeNorms
 from fxpress.training.schedules import Constant, Cosine, OneCycle, Plateau, Step
 from fxpress.training.seeding import generator_for
+from fxpress.training.sparsity import GroupLasso, GrowingPenalty
 
 CLASSES = 4
 
@@ -290,10 +294,34 @@ def test_held_out_examples_judge_and_are_not_trained_on(program, data):
         trained_on.extend(x.numpy().tobytes() for x in batch.inputs[0])
         return CrossEntropy()(program, batch)
 
+    objective.tells_classes = True
     trained = fxpress.train(program, data, TrainingOptions(hold_out=0.2, epochs=2), objective=objective)
     assert len(set(trained_on)) == 120
     assert trained.history[0].metric is not None
     assert 0 <= trained.history[0].metric <= 1
+
+
+def test_an_objective_of_ones_own_judges_by_its_loss(program, data):
+    """Class numbers say nothing of the outputs: those of an embedding are no scores."""
+    embedding = lambda program, batch: 7 + CrossEntropy()(program, batch)  # noqa: E731
+    options = TrainingOptions(hold_out=0.2)
+    assert fxpress.train(program, data, options, objective=embedding).kept.metric < -7
+    distilled = Distillation(program, program, [SoftLabels()])
+    plan = fxpress.plan_pruning(program, macs=0.7)
+    for known in (distilled, FreezeNorms(distilled, 0.5), GroupLasso(program), GrowingPenalty(program, plan)):
+        assert fxpress.train(program, data, options, objective=known).kept.metric >= 0
+    assert not tells_classes(FreezeNorms(embedding, 0.5))
+
+
+def test_held_out_examples_without_a_label_do_not_judge(program, data):
+    inputs, labels = data
+    some = labels.clone()
+    some[held_out_rows(150, 30)[:20]] = -100
+    trained = fxpress.train(program, (inputs, some), TrainingOptions(hold_out=0.2))
+    rows = held_out_rows(150, 30)[20:]
+    assert trained.kept.metric == pytest.approx(Top1([(inputs[rows], labels[rows])])(trained.program))
+    with pytest.raises(DataError, match="no example that is held out has a label"):
+        fxpress.train(program, (inputs, torch.full_like(labels, -100)), TrainingOptions(hold_out=0.2))
 
 
 def test_held_out_examples_judge_a_regression_by_its_loss(program, data):
@@ -327,18 +355,36 @@ def test_bfloat16_where_the_device_has_it(program, data):
     assert not same(tuned, fxpress.finetune(program, data, TrainingOptions(optimizer=AdamW(1e-2))))
 
 
-def test_an_objective_with_weights_trains_them(program, data):
+def test_an_objective_with_weights_trains_them_and_has_its_own_back(program, data, tmp_path):
     class Scaled(nn.Module):
         def __init__(self) -> None:
             super().__init__()
             self.temperature = nn.Parameter(torch.ones(()))
+            self.seen = []
+
+        def described(self):
+            return {}
 
         def forward(self, program, batch):
+            self.seen.append(self.temperature.item())
             return nn.functional.cross_entropy(scores(program, batch.inputs) * self.temperature, batch.labels)
 
-    objective = Scaled()
-    fxpress.finetune(program, data, TrainingOptions(optimizer=AdamW(1e-2)), objective=objective)
-    assert objective.temperature.item() != 1
+    objective, options = Scaled(), TrainingOptions(optimizer=AdamW(1e-2), epochs=3)
+    whole = fxpress.train(program, data, options, objective=objective)
+    assert len(set(objective.seen)) == 9, "it is trained"
+    assert objective.temperature.item() == 1
+    assert objective.temperature.grad is None
+
+    def stop(name, done, total):
+        if done == 5:
+            raise KeyboardInterrupt
+
+    call = {"options": options, "objective": objective, "checkpoint": tmp_path / "run"}
+    with pytest.raises(KeyboardInterrupt):
+        fxpress.train(program, data, **call, progress=stop)
+    assert objective.temperature.item() == 1
+    assert fxpress.train(program, data, **call).history == whole.history, "the same call goes on"
+    assert fxpress.train(program, data, **call).history == whole.history
 
 
 @pytest.mark.parametrize(

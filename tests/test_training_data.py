@@ -120,3 +120,12 @@ def test_a_stream_of_another_length_than_at_first_is_an_error(later, given):
     data = Changing([3, 3, 3, 3, later])  # looked at, counted, trained on, and then
     with pytest.raises(DataError, match=f"the data give {given} in epoch [23], and were counted as 3"):
         fxpress.finetune(plain(), data, TrainingOptions(epochs=4))
+
+
+@pytest.mark.parametrize("form", ["list", "loader", "dataset"])
+def test_more_than_one_tensor_of_labels_is_explained(form):
+    rows = TensorDataset(INPUTS, LABELS, LABELS)
+    data = {"list": [(INPUTS, LABELS, LABELS)], "loader": DataLoader(rows, batch_size=4), "dataset": rows}[form]
+    with pytest.raises(DataError, match="a batch holds 3 tensors, the model takes 1") as caught:
+        fxpress.finetune(plain(), data)
+    assert "hint: labels are one tensor" in str(caught.value)

@@ -7,6 +7,7 @@ two processes train as one does, up to rounding (and BatchNorm, which sees only 
 from __future__ import annotations
 
 import itertools
+import re
 from collections.abc import Callable, Iterator, Sized
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
@@ -102,9 +103,10 @@ class Held:
         if not 0 < count < len(self.labels):
             raise OptionError(f"hold_out={share} takes {count} of {len(self.labels)} examples", hint="give more data")
         order = torch.randperm(len(self.labels), generator=generator_for(self.seed, "hold-out"))
-        return self._rows(order[count:]), self._rows(order[:count])
+        return self.rows(order[count:]), self.rows(order[:count])
 
-    def _rows(self, rows: torch.Tensor) -> Held:
+    def rows(self, rows: torch.Tensor) -> Held:
+        """Some of the examples."""
         return Held(tuple(t[rows] for t in self.inputs), self.labels[rows], self.batch_size, self.seed)
 
     def batches(self) -> Iterator[tuple[Inputs, torch.Tensor]]:
@@ -135,8 +137,9 @@ class Indexed:
         mine = [rows[own].tolist() for rows, (own, _) in zip(whole, shares)]
         loader = DataLoader(self.dataset, batch_sampler=mine, num_workers=self.workers)
         checked = Batches(self.program, lambda: loader).labelled(self.labelled)
-        for (inputs, labels), rows, (_, weight) in zip(checked, whole, shares, strict=True):
-            yield Slot(inputs, labels, weight, len(rows))
+        with _one_label(self.program):
+            for (inputs, labels), rows, (_, weight) in zip(checked, whole, shares, strict=True):
+                yield Slot(inputs, labels, weight, len(rows))
 
 
 @dataclass
@@ -239,7 +242,8 @@ def as_examples(
     if workers:
         raise OptionError("workers have no effect on these data", hint="give a torch Dataset of single examples")
     whole = _one_set(program, data, labelled)
-    batches = as_batches(program, whole or data)
+    with _one_label(program):
+        batches = as_batches(program, whole or data)
     finite = isinstance(batches.source(), (list, tuple)) or (isinstance(data, Data) and data.count is not None)
     held = hold(batches, batch_size, seed, labelled) if finite and all(batched(program.inputs)) else None
     return held or Streamed(batches, seed, labelled, data if isinstance(data, DataLoader) else None)
@@ -266,6 +270,19 @@ def _require_whole(loader: DataLoader[Any]) -> None:
             "the DataLoader has a DistributedSampler, and each process would train on a part of its part",
             hint="leave the sampler out: fxpress shares each batch among the processes itself",
         )
+
+
+@contextmanager
+def _one_label(program: Program) -> Iterator[None]:
+    """Say, where a batch holds too many tensors, that one tensor at most is for labels."""
+    try:
+        yield
+    except DataError as error:
+        count = re.match(r"a batch holds (\d+) tensors", error.message)
+        if count is None or int(count[1]) <= len(program.inputs) + 1:
+            raise
+        hint = "labels are one tensor: stack several into columns, which an objective of your own takes apart"
+        raise DataError(error.message, hint=hint) from error
 
 
 def _one_set(program: Program, data: Any, labelled: bool) -> list[tuple[Any, ...]] | None:

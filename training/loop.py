@@ -20,9 +20,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
 
 from ..errors import DataError, OptionError, did_you_mean, explained
+from ..frontend.batches import NO_LABEL
 from ..frontend.program import Program, StageRecord, require_program
 from ..frontend.train_modes import training_notes
 from ..passes.memory import peak_memory
@@ -35,9 +35,9 @@ from .checkpoint import CheckpointFolder, EpochRecord, digest
 from .describe import described
 from .engine import Engine, Step, make_engine, move
 from .examples import Augment, Examples, Held, Indexed, Streamed, as_examples
-from .objectives import Batch, CrossEntropy, Objective, reads_labels
+from .objectives import Batch, CrossEntropy, Objective, reads_labels, tells_classes
 from .options import TrainingOptions
-from .parameters import only, trainable
+from .parameters import kept_as_it_was, only, trainable
 from .run import Hooks, Progress, Run, Saving
 from .schedules import OneCycle, require
 from .seeding import generators_kept
@@ -90,7 +90,8 @@ def train(
     better. `augment(inputs, generator)` varies the inputs of a step; "flip-shift" mirrors pictures and moves them by up
     to an eighth of their size.
     `on_epoch(program, number)` is called before each epoch, from 0, and before the rest of one that is resumed; it may
-    switch what the program does, by the number alone.
+    switch what the program does, by the number alone. Weights of an `objective` are trained, and given back as they
+    were, so that the same call goes on from its checkpoint.
 
     `plan`: the sparse plan that the program was pruned by; its zeros stay zero.
 
@@ -111,7 +112,7 @@ def train(
     copy, objective = program.copy(), objective or CrossEntropy(options.label_smoothing)
     chosen = trainable(copy, options.freeze)
     start = time.perf_counter()
-    with generators_kept(), only(copy, chosen), peak_memory() as memory:
+    with generators_kept(), only(copy, chosen), kept_as_it_was(objective), peak_memory() as memory:
         step = Step(copy, objective)
         run_of = {
             **options.described(),
@@ -132,8 +133,6 @@ def train(
         engine.require_same(run.position.step)
         kept = run.to_end(saving)
         move(copy.eval(), torch.device("cpu"))
-        if isinstance(objective, nn.Module):
-            objective.to("cpu")
     trained = Trained(copy, tuple(run.position.history), kept)
     record = StageRecord(name, time.perf_counter() - start, run.position.step, trained.notes(), memory.megabytes)
     copy.log.append(record)
@@ -155,13 +154,23 @@ def _judge(
     program: Program, objective: Objective, evaluate: Evaluate | None, held_out: Held | None, engine: Engine
 ) -> Callable[[], float] | None:
     """The metric of the program as it is then: `evaluate`, or top-1 on what is held out, or there minus the loss."""
-    if evaluate is None and held_out is None:
-        return None
-    if evaluate is None and held_out is not None and (held_out.labels.is_floating_point() or held_out.labels.ndim != 1):
-        return lambda: -_mean_loss(program, objective, held_out, engine.device)
-    metric = evaluate or Top1([(*inputs, labels) for inputs, labels in held_out.batches()])  # type: ignore[union-attr]
-    runner = _runner_on(program, engine.device)
+    if evaluate is None:
+        if held_out is None:
+            return None
+        labels = held_out.labels
+        if labels.is_floating_point() or labels.ndim != 1 or not tells_classes(objective):
+            return lambda: -_mean_loss(program, objective, held_out, engine.device)
+        evaluate = _top1(held_out)
+    metric, runner = evaluate, _runner_on(program, engine.device)
     return lambda: measure(metric, runner).value
+
+
+def _top1(held_out: Held) -> Evaluate:
+    """Top-1 on the examples with a label. Raises DataError where none has one."""
+    counted = held_out.rows((held_out.labels != NO_LABEL).nonzero().flatten())
+    if not len(counted.labels):
+        raise DataError("no example that is held out has a label", hint="give a larger hold_out, or evaluate")
+    return Top1([(*inputs, labels) for inputs, labels in counted.batches()])
 
 
 def _runner_on(program: Program, device: torch.device) -> Runner:

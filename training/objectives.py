@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch.nn import functional
@@ -46,6 +46,12 @@ def reads_labels(objective: Objective | None) -> bool:
     return bool(getattr(objective, "reads_labels", True))
 
 
+def tells_classes(objective: Objective) -> bool:
+    """Are the scores those of classes, which top-1 can judge? Objectives of one's own do not say so unless they have
+    `tells_classes = True`; those that wrap another one are like it."""
+    return bool(getattr(objective, "tells_classes", False))
+
+
 def call(program: Program, inputs: tuple[torch.Tensor, ...]) -> Any:
     """What the user's module returns for flat inputs, with gradients."""
     args, kwargs = pytree.tree_unflatten(leaves(program, inputs), program.input_spec)
@@ -64,6 +70,7 @@ class CrossEntropy:
     of an output [N, tokens, classes] with class numbers [N, tokens]."""
 
     label_smoothing: float = 0.0
+    tells_classes: ClassVar[bool] = True
 
     def __call__(self, program: Program, batch: Batch) -> torch.Tensor:
         output = scores(program, batch.inputs)

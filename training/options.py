@@ -88,8 +88,8 @@ class TrainingOptions:
     `ema`            decay per step of an average of the weights, which then is what is judged and returned; it starts
                      smaller: min(ema, (1 + step) / (10 + step)).
     `precision`      the type that layers compute in; weights and their updates stay float32.
-    `hold_out`       share of the examples, drawn by `seed`, that are not trained on but judge each epoch (top-1, or the
-                     loss where labels are no class numbers).
+    `hold_out`       share of the examples, drawn by `seed`, that are not trained on but judge each epoch: by top-1,
+                     or by the loss where labels are no class numbers or the objective is one of your own.
     `patience`       stop after so many epochs in a row without a better metric.
     `keep`           "best": return the weights of the epoch with the best metric; "last". By default best where there
                      is a metric.

@@ -5,13 +5,16 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from fnmatch import fnmatchcase
+from typing import Any
 
 from torch import fx, nn
 
 from ..errors import OptionError, TrainingError
+from ..frontend.cost import op_name
 from ..frontend.program import Program
 from .options import Group
 
+_ARITHMETIC = ("aten.mul", "aten.add", "aten.sub", "aten.div")
 _NORMS = ("batch_norm", "layer_norm", "group_norm", "instance_norm", "rms_norm")
 Named = dict[str, nn.Parameter]
 
@@ -47,26 +50,46 @@ def only(program: Program, chosen: Named) -> Iterator[None]:
             parameter.requires_grad_(before[name])
 
 
+@contextmanager
+def kept_as_it_was(objective: Any) -> Iterator[None]:
+    """Give an objective's own weights (adapters) back after the block, on the CPU: they are part of the run alone."""
+    if not isinstance(objective, nn.Module):
+        yield
+        return
+    before = {n: t.detach().clone() for n, t in objective.state_dict().items()}
+    try:
+        yield
+    finally:
+        objective.to("cpu").load_state_dict(before)
+        objective.zero_grad()
+
+
 def decay_groups(chosen: Named, norms: set[str], tables: set[str], weight_decay: float) -> list[Group]:
-    """Parameters of two dimensions or more decay; `norms`, biases and scales do not (Goyal et al. 2017).
+    """Parameters of two dimensions or more decay; `norms`, biases of any shape and scales do not (Goyal et al. 2017).
 
     Lookup `tables` decay too, in a group of their own: an optimizer for matrices has no use for them.
     """
-    plain = [p for n, p in chosen.items() if p.ndim < 2 or n in norms]
-    decaying = [p for n, p in chosen.items() if not (p.ndim < 2 or n in norms or n in tables)]
-    looked_up = [p for n, p in chosen.items() if p.ndim >= 2 and n in tables]
+    plain = {n: p for n, p in chosen.items() if p.ndim < 2 or n in norms or n.endswith("bias")}
+    looked_up = {n: p for n, p in chosen.items() if n in tables and n not in plain}
+    decaying = {n: p for n, p in chosen.items() if n not in plain and n not in looked_up}
     groups = [
-        Group(params=decaying, weight_decay=weight_decay),
-        Group(params=plain, weight_decay=0.0, matrices=False),
-        Group(params=looked_up, weight_decay=weight_decay, matrices=False),
+        Group(params=list(decaying.values()), weight_decay=weight_decay),
+        Group(params=list(plain.values()), weight_decay=0.0, matrices=False),
+        Group(params=list(looked_up.values()), weight_decay=weight_decay, matrices=False),
     ]
     return [g for g in groups if g["params"]]
 
 
 def norm_parameters(program: Program) -> set[str]:
-    """Names of the parameters that only normalizations read."""
-    reads = [n for n in program.graph.nodes if n.op == "get_attr" and n.users]
-    return {str(n.target) for n in reads if all(_is_norm(user) for user in n.users)}
+    """Names of the parameters that only normalizations read, or, with one size above 1, only elementwise arithmetic:
+    the scale and shift of a norm or of a residual branch that is written by hand ([C, 1, 1])."""
+    readers: dict[str, list[fx.Node]] = {}
+    for node in program.graph.nodes:
+        if node.op == "get_attr" and node.users:
+            readers.setdefault(str(node.target), []).extend(node.users)
+    one_size = {n for n, p in program.named_parameters() if sum(size > 1 for size in p.shape) <= 1}
+    norms = {n for n, users in readers.items() if all(map(_is_norm, users))}
+    return norms | {n for n in one_size & readers.keys() if all(op_name(u) in _ARITHMETIC for u in readers[n])}
 
 
 def _is_norm(node: fx.Node) -> bool:

@@ -32,7 +32,7 @@ from ..passes.quantize.fold_fake_quant import FoldFakeQuantize
 from ..passes.quantize.passes import Annotate, Calibrate, Observe
 from ..passes.rewrite import argument, aten, find
 from .loop import Trained, train
-from .objectives import Batch, CrossEntropy, Objective, reads_labels
+from .objectives import Batch, CrossEntropy, Objective, reads_labels, tells_classes
 from .options import SGD, TrainingOptions
 from .schedules import check_numbers
 
@@ -125,6 +125,11 @@ class FreezeNorms(nn.Module):
         super().__init__()
         self.objective, self.freeze = objective, freeze
         self.reads_labels = reads_labels(objective)
+
+    @property
+    def tells_classes(self) -> bool:
+        """As the objective inside."""
+        return tells_classes(self.objective)
 
     def described(self) -> dict[str, Any]:
         """For checkpoints (describe.py)."""

@@ -21,7 +21,7 @@ from ..frontend.program import Program
 from ..passes.prune.groups import find_groups, places
 from ..passes.prune.plan import PruningPlan
 from ..passes.prune.rules.table import analyze
-from .objectives import Batch, CrossEntropy, Objective, reads_labels
+from .objectives import Batch, CrossEntropy, Objective, reads_labels, tells_classes
 from .schedules import require
 
 _SMALLEST = 1e-12  # the slope of a norm is infinite at zero
@@ -47,6 +47,11 @@ class GrowingPenalty:
         self.reads_labels = reads_labels(objective)
         self.growth, self.every, self.ceiling = growth, every, ceiling
         self.removed = removed_weights(program, plan)
+
+    @property
+    def tells_classes(self) -> bool:
+        """As the objective inside."""
+        return tells_classes(self.objective)
 
     def factor(self, step: int) -> float:
         """The factor of the penalty at a step."""
@@ -108,6 +113,11 @@ class GroupLasso:
             each = weight.numel() / weight.shape[row.dim]
             sizes.index_add_(0, row.channels, torch.full((len(row.channels),), each))
         self.scale = sizes.sqrt()
+
+    @property
+    def tells_classes(self) -> bool:
+        """As the objective inside."""
+        return tells_classes(self.objective)
 
     def __call__(self, program: Program, batch: Batch) -> torch.Tensor:
         norms = self.norms(program)
