@@ -56,7 +56,7 @@ class Part:
 @dataclass(frozen=True)
 class Slot:
     """One step's examples for this process. `weight` makes the mean over processes of `weight * loss` the mean over the
-    whole batch, whose size is `total`."""
+    whole batch, whose size is `total`; it is 0 where the process has nothing left to do."""
 
     inputs: Inputs
     labels: torch.Tensor

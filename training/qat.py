@@ -2,7 +2,8 @@
 
     int8 = fxpress.train_quantized(program, data, TrainingOptions(epochs=1, optimizer=SGD(0.01)), calibration=batches)
 
-    fuse-batchnorm{keep=true},annotate,observe,calibrate  ->  fake-quantize  ->  train  ->  fold-fake-quantize
+    cleanup,canonicalize,fuse-batchnorm{keep=true},annotate,observe,calibrate  ->  fake-quantize  ->  train
+      ->  fold-fake-quantize
 
 The steps are passes; only the training is here. BatchNorm trains on the statistics of its batch at first. From the
 freeze point on it uses its running statistics, as the folded program will, and the weights settle for those (Jacob et
