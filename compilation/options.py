@@ -19,7 +19,7 @@ from ..recipe import parse_drop
 from ..runtime.evaluate import Evaluate
 from ..training.distributed import TorchProcesses, join_processes
 from .placing import runs_here, without_vnni
-from .settings import Settings, quantizes, reads_labels, trains
+from .settings import Settings, has_integers, quantizes, reads_labels, trains
 
 # -- one option ------------------------------------------------------------------------------------------------------
 
@@ -156,8 +156,9 @@ def _check_tuning(settings: Settings) -> None:
     """Tuning asks the runtime here; it has no effect where nothing is quantized, or on what runs elsewhere."""
     if not 0 < settings.tune_seconds < float("inf"):
         raise OptionError(f"tune_seconds is {settings.tune_seconds!r}", hint="give a number of seconds above 0")
-    for name, given in (("tune", settings.tune), ("allow_slower", settings.allow_slower)):
-        if given and not quantizes(settings.passes):
+    wanted = (("tune", settings.tune, quantizes), ("allow_slower", settings.allow_slower, has_integers))
+    for name, given, has_use in wanted:
+        if given and not has_use(settings.passes):
             raise OptionError(f"{name} has no effect: the pipeline does not quantize", hint="leave it out")
     if settings.tune and settings.processes is not None:
         raise OptionError(

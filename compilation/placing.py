@@ -115,7 +115,7 @@ class Placing:
         metric of what was made last is good enough: more in float is not better in every case."""
         if not timed.slower:
             return list(tail), timed
-        record.notes.append(f"{_speed(timed)}: slower than float")
+        record.notes.append(f"{speed_text(timed)}: slower than float")
         if self.tuning is None:
             tail = self._try_tuning(floating, tail, record)
             timed = make(list(tail))
@@ -125,7 +125,7 @@ class Placing:
         elif tail and not allowed():
             why = "as fast as float, but the metric falls further than allowed"
         if why:
-            record.notes.append(f"{_speed(timed)}: {why}; the model stays in float")
+            record.notes.append(f"{speed_text(timed)}: {why}; the model stays in float")
             tail, timed = [], make([])
         if not tail:
             record.notes.append("nothing is on integers: this is what the recipe `float` makes")
@@ -164,7 +164,7 @@ def speed_promise(timed: Timed) -> Promise:
     """The compiled model is not slower than the float model."""
     trifle = timed.timing.high < 1 and not timed.slower
     extra = f"; a difference of less than {LEAST_MS} ms a call is let pass" if trifle else ""
-    return Promise("not-slower", not timed.slower, _speed(timed) + extra)
+    return Promise("not-slower", not timed.slower, speed_text(timed) + extra)
 
 
 def tuning_json(tuning: Tuning | None) -> dict[str, Any] | None:
@@ -192,7 +192,8 @@ def _trial_json(trial: Trial) -> dict[str, Any]:
     }
 
 
-def _speed(timed: Timed) -> str:
+def speed_text(timed: Timed) -> str:
+    """How fast a model is beside float, for people."""
     timing = timed.timing
     return (
         f"{timing.second_ms:.3f} ms against {timing.first_ms:.3f} ms in float, {timing.ratio:.2f}x "

@@ -19,6 +19,7 @@ from ..passes.quantize.spec import Target
 from .placing import runs_here
 
 # From the first of these on, layers are compared with the program as it was before.
+DYNAMIC = "quantize-dynamic"
 QUANTIZERS = ("qat", "fake-quantize", "quantize", "annotate", "observe", "calibrate")
 TRAINERS = ("finetune", "distil", "qat")
 
@@ -106,6 +107,16 @@ def quantizes(passes: Sequence[Pass]) -> bool:
     return first_quantizer(passes) < len(passes)
 
 
+def first_dynamic(passes: Sequence[Pass]) -> int:
+    """Where a pipeline begins to quantize what is quantized as it runs; its length where it does not."""
+    return next((i for i, p in enumerate(passes) if p.name == DYNAMIC), len(passes))
+
+
+def has_integers(passes: Sequence[Pass]) -> bool:
+    """Does a pipeline make integers, by calibration or as they run?"""
+    return quantizes(passes) or first_dynamic(passes) < len(passes)
+
+
 def judges_speed(settings: Settings) -> bool:
     """Is it promised that the model is not slower than float? Only what runs here can be timed."""
-    return quantizes(settings.passes) and not settings.allow_slower and runs_here(settings.target)
+    return has_integers(settings.passes) and not settings.allow_slower and runs_here(settings.target)

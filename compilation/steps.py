@@ -58,12 +58,14 @@ from .judging import (
     parity_promise,
     reference_promise,
 )
-from .placing import Placing, Timed, lower_and_time, speed_promise, tuning_json
-from .settings import Compiled, Progress, Settings, Stages, first_quantizer, judges_speed, trains
+from .placing import Placing, Timed, lower_and_time, speed_promise, speed_text, tuning_json
+from .settings import Compiled, Progress, Settings, Stages, first_dynamic, first_quantizer, judges_speed, trains
 
 FLOAT_PIPELINE = "cleanup,canonicalize,fuse-batchnorm"
 # What has no part in how fast the result is.
-_SPEEDLESS = ("prune", "verify-pruning", "recover", "finetune", "distil")
+_SPEEDLESS = (
+    "prune", "verify-pruning", "recover", "finetune", "distil", "equalize", "smooth", "learn-rounding", "correct-bias",
+)  # fmt: skip
 
 
 def compile_program(
@@ -174,11 +176,20 @@ def transform(
     if placing is not None and tail:
         with stages.step("tune") as record:
             tail = placing.tuned(floating, tail, record)
+    if not tail and only_prepares(passes[:cut]):
+        passes, cut = parse_pipeline(FLOAT_PIPELINE), len(parse_pipeline(FLOAT_PIPELINE))
+        floating = run(passes, program, 0)
     final = run(tail, floating, cut) if tail else floating
     refuse_unfolded(final)
     stages.records += final.log[known:]
     plan = context.results.get("prune")
     return Compiled(floating if tail else None, final, plan, (*passes[:cut], *tail))
+
+
+def only_prepares(front: Sequence[Pass]) -> bool:
+    """Is this what the recipe `float` does, and something for the sake of a quantization that follows?"""
+    rest = [p for p in front if ".accuracy." not in type(p).__module__]
+    return len(rest) < len(front) and print_pipeline(rest) == FLOAT_PIPELINE
 
 
 def refuse_unfolded(program: Program) -> None:
@@ -206,28 +217,60 @@ def lower_and_keep_speed(
         float_program = float_form(compiled, program, reference)
         timed = lower_and_time(float_program, compiled.final, reference, settings.threads)
     alone = settings.processes is None and not trains(compiled.passes[first_quantizer(compiled.passes) :])
-    if compiled.floating is None or not placing.promised or not timed.slower or not alone:
+    if not placing.promised or not timed.slower or not alone:
         return compiled, timed
+    if compiled.floating is None:
+        return stay_in_float(compiled, program, reference, settings, stages, context, timed)
     floating, cut = compiled.floating, first_quantizer(compiled.passes)
     made = [compiled.final]
 
+    plain = float_program if program is reference and only_prepares(compiled.passes[:cut]) else None
+
     def make(tail: list[Pass]) -> Timed:
-        made.append(PassManager(tail, on_stage=stages.tell).run(floating, context) if tail else floating)
+        if tail:
+            made.append(PassManager(tail, on_stage=stages.tell).run(floating, context))
+        else:
+            made.append(floating if plain is None else plain)
         return lower_and_time(float_program, made[-1], reference, settings.threads)
 
     with stages.step("not-slower") as record:
         good = lambda: allowed(made[-1])  # noqa: E731
         tail, timed = placing.not_slower(floating, compiled.passes[cut:], timed, record, make, good)
     stages.records += made[-1].log[len(floating.log) :]
-    passes = (*compiled.passes[:cut], *tail)
-    return Compiled(floating if tail else None, made[-1], compiled.plan, passes), timed
+    front = compiled.passes[:cut] if tail or plain is None else tuple(parse_pipeline(FLOAT_PIPELINE))
+    return Compiled(floating if tail else None, made[-1], compiled.plan, (*front, *tail)), timed
+
+
+def stay_in_float(
+    compiled: Compiled,
+    program: Program,
+    reference: Program,
+    settings: Settings,
+    stages: Stages,
+    context: Context,
+    timed: Timed,
+) -> tuple[Compiled, Timed]:
+    """The passes before those that quantize as it runs, where these make the model slower and nothing has to be trained
+    anew for it."""
+    front = compiled.passes[: first_dynamic(compiled.passes)]
+    if trains(front) or any(p.name == "prune" for p in front):
+        return compiled, timed
+    with stages.step("not-slower") as record:
+        record.notes.append(f"{speed_text(timed)}: slower than float; the model stays in float")
+        record.changes = 1
+        final = PassManager(front, share_weights=True).run(program, context)
+        timed = lower_and_time(final, final, reference, settings.threads)
+    return Compiled(None, final, compiled.plan, tuple(front)), timed
 
 
 def float_form(compiled: Compiled, program: Program, reference: Program) -> Program:
     """The reference as float is fastest; the pipeline may have made just that on its way."""
+    made = compiled.floating or compiled.final
+    idle = {record.name for record in made.log if not record.changes}
     before = compiled.passes[: first_quantizer(compiled.passes)]
-    if program is reference and print_pipeline(before) == FLOAT_PIPELINE:
-        return compiled.floating or compiled.final
+    done = [p for p in before if p.name not in idle or p.name in FLOAT_PIPELINE.split(",")]
+    if program is reference and print_pipeline(done) == FLOAT_PIPELINE:
+        return made
     return PassManager(FLOAT_PIPELINE, share_weights=True).run(reference)
 
 

@@ -115,6 +115,8 @@ def drop_masks(program: Program) -> int:
         while isinstance(mask, fx.Node) and mask.target in SAME_VALUES:
             mask = mask.args[0]
         known = constant(program, mask) if is_constant(mask) else None
+        if known is not None and known.requires_grad:  # a bias that is still to be learned
+            continue
         if known is not None and bool(known.all() if known.dtype is torch.bool else (known == 0).all()):
             set_argument(node, "attn_mask", None)
             dropped += 1

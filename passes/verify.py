@@ -9,7 +9,10 @@
 
 from __future__ import annotations
 
+import ast
 import dataclasses
+import operator
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -19,7 +22,7 @@ from torch.utils import _pytree as pytree
 from ..errors import PassError
 from ..frontend.agreement import draws_random
 from ..frontend.fake_run import FakeRun
-from ..frontend.program import Program, describe_tensors, dtype_name, source_of
+from ..frontend.program import Program, TensorInfo, describe_tensors, dtype_name, source_of
 from .base import INTERFACE, VALUES, Pass
 from .rewrite import erase_unused_state, fake_mode_of, is_op
 
@@ -82,7 +85,7 @@ def check_interface(item: Pass, before: Program, after: Program) -> None:
     if INTERFACE not in item.preserves:
         after.outputs = outputs
         return
-    if len(nodes) != len(before.outputs) or outputs != before.outputs or after.inputs != before.inputs:
+    if len(nodes) != len(before.outputs) or after.inputs != before.inputs or not _same_forms(before.outputs, outputs):
         raise PassError(
             f"pass {item.name!r} declares that it preserves the interface, but the outputs went from "
             f"{_list(before.outputs)} to {_list(outputs)}",
@@ -110,6 +113,50 @@ def check_values(item: Pass, before: Program, after: Program) -> None:
             f"(allowed {allowed:.0e})",
             hint=f"mend the pass, or take {VALUES!r} out of `preserves`",
         )
+
+
+def _same_forms(before: Sequence[TensorInfo], after: Sequence[TensorInfo]) -> bool:
+    """Are names, dtypes and sizes the same, sizes that are written in another way ("(batch**2)//batch") included?"""
+    alike = [(a.name, a.dtype, len(a.dims)) for a in before] == [(b.name, b.dtype, len(b.dims)) for b in after]
+    return alike and all(_same_size(s, t) for a, b in zip(before, after) for s, t in zip(a.dims, b.dims))
+
+
+def _same_size(a: int | str, b: int | str) -> bool:
+    """Equal for several values of the names in them."""
+    if a == b:
+        return True
+    try:
+        sums = [ast.parse(str(size), mode="eval").body for size in (a, b)]
+    except SyntaxError:  # a name that is no name in Python
+        return False
+    names = sorted({n.id for tree in sums for n in ast.walk(tree) if isinstance(n, ast.Name)})
+    drawn = ({n: prime * (i + 1) + i for i, n in enumerate(names)} for prime in (5, 19, 61))
+    values = [[_computed(tree, numbers) for tree in sums] for numbers in drawn]
+    return all(first is not None and first == second for first, second in values)
+
+
+def _computed(tree: ast.AST, numbers: Mapping[str, int]) -> int | None:
+    """The value of a sum, product, quotient, remainder or power of numbers and names; None for anything else."""
+    if isinstance(tree, ast.Constant) and isinstance(tree.value, int):
+        return tree.value
+    if isinstance(tree, ast.Name):
+        return numbers[tree.id]
+    if isinstance(tree, ast.UnaryOp) and isinstance(tree.op, ast.USub):
+        value = _computed(tree.operand, numbers)
+        return None if value is None else -value
+    operation = _OPERATIONS.get(type(tree.op)) if isinstance(tree, ast.BinOp) else None
+    if operation is None:
+        return None
+    left, right = (_computed(part, numbers) for part in (tree.left, tree.right))  # type: ignore[attr-defined]
+    if left is None or right is None or (right <= 0 and operation not in (operator.add, operator.sub, operator.mul)):
+        return None
+    return operation(left, right)  # type: ignore[no-any-return]
+
+
+_OPERATIONS: dict[type, Callable[[int, int], Any]] = {
+    ast.Add: operator.add, ast.Sub: operator.sub, ast.Mult: operator.mul, ast.FloorDiv: operator.floordiv,
+    ast.Mod: operator.mod, ast.Pow: operator.pow,
+}  # fmt: skip
 
 
 def _rounded_weights(program: Program) -> Program:

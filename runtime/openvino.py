@@ -65,6 +65,13 @@ class OpenVinoSession:
         return found
 
 
+def _reason(error: Exception) -> str:
+    """What OpenVINO says, without the lines that only say where in its source."""
+    lines = [line.strip() for line in str(error).splitlines()]
+    said = [line for line in lines if line and not line.startswith("Exception from")]
+    return " ".join(said[:3]) or first_line(error)
+
+
 def is_installed() -> bool:
     """Is the package `openvino` here?"""
     return importlib.util.find_spec("openvino") is not None
@@ -85,7 +92,7 @@ def make_openvino_session(model: onnx.ModelProto, threads: int = 1) -> OpenVinoS
         return OpenVinoSession(core.compile_model(core.read_model(model.SerializeToString()), "CPU", options))
     except Exception as error:  # openvino raises several unrelated classes
         raise FxpressError(
-            f"OpenVINO {openvino.__version__} refuses the model: {first_line(error)}",
+            f"OpenVINO {openvino.__version__} refuses the model: {_reason(error)}",
             hint="report it with the model: the table of the target openvino misses a condition",
         ) from error
 

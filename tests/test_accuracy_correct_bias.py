@@ -9,6 +9,8 @@ import torch
 from torch import nn
 
 import fxpress
+from fxpress.backends.onnx.lower import lower
+from fxpress.backends.structure import check_structure
 from fxpress.backends.targets import load_target
 from fxpress.errors import DataError, OptionError, PipelineError
 from fxpress.passes.base import Context
@@ -19,6 +21,7 @@ from fxpress.passes.quantize.accuracy.float_twin import FLOAT_TWIN, make_twins
 from fxpress.passes.quantize.passes import Quantize
 from fxpress.passes.rewrite import constant
 from fxpress.runtime.layers import check_layers
+from fxpress.runtime.session import make_session
 
 TARGET = load_target("ort-x86")
 COARSE = dataclasses.replace(TARGET, weight=dataclasses.replace(TARGET.weight, bits=3))
@@ -125,3 +128,33 @@ def test_the_median_does_not_follow_a_few_samples():
     shifts = torch.tensor([[1.0, 2.0], [1.0, 2.0], [3.0, 2.0], [1000.0, -1000.0]])
     assert typical(shifts).tolist() == [2.0, 2.0]
     assert typical(shifts[:3]).tolist() == [1.0, 2.0]
+
+
+NO_BIAS = {
+    "depthwise": (
+        nn.Sequential(
+            nn.Conv2d(8, 12, 1, bias=False), nn.ReLU(), nn.Conv2d(12, 12, 3, padding=1, groups=12, bias=False), nn.ReLU(),
+            nn.Conv2d(12, 8, 1, bias=False),
+        ),
+        (8, 9, 9),
+    ),
+    "tokens": (nn.Sequential(nn.Linear(16, 32, bias=False), nn.ReLU(), nn.Linear(32, 32), nn.Tanh(), nn.Linear(32, 4, bias=False)), (7, 16)),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("target", ["ort-x86", "openvino", "tensorrt"])
+@pytest.mark.parametrize("name", NO_BIAS)
+def test_layers_without_bias_get_one_as_the_target_has_them(name, target):
+    """What is said of a layer (its form in the file) is not said of its new bias."""
+    torch.manual_seed(0)
+    module, shape = NO_BIAS[name]
+    x = torch.randn(32, *shape)
+    program = run_passes(fxpress.capture(module.eval(), x[:2]), "cleanup,canonicalize")
+    there = load_target(target)
+    coarse = dataclasses.replace(there, weight=dataclasses.replace(there.weight, bits=3))
+    corrected = run_passes(program, "quantize{ranges=minmax},correct-bias", Context(coarse, [(x,)]))
+    assert corrected.log[-1].changes > 0
+    model = lower(corrected)
+    assert make_session(model, threads=1).run(x[:5].numpy())[0].shape == tuple(program(x[:5]).shape)
+    assert check_layers(corrected, (x[:4],)).kept
+    assert not [p for p in check_structure(model, coarse) if "bias" in p]

@@ -73,6 +73,7 @@ OTHERS = {
     "grouped": nn.Sequential(nn.Conv2d(4, 16, 3, padding=1, groups=2), nn.ReLU(), nn.Conv2d(16, 8, 3)),
     "dilated": nn.Sequential(nn.Conv2d(3, 16, 3, padding=2, dilation=2), nn.ReLU(), nn.Conv2d(16, 8, 3)),
     "pointwise": nn.Sequential(nn.Conv2d(3, 16, 1), nn.ReLU(), nn.Conv2d(16, 8, 3)),
+    "four channels, many outputs": nn.Sequential(nn.Conv2d(4, 32, 3, padding=1), nn.ReLU(), nn.Conv2d(32, 8, 3)),
     "many channels": nn.Sequential(nn.Conv2d(8, 16, 3, padding=1), nn.ReLU(), nn.Conv2d(16, 8, 3)),
 }
 

@@ -11,8 +11,9 @@ import torch
 from torch import nn
 
 import fxpress
+from fxpress.backends.targets import load_target
 from fxpress.errors import PassError, PipelineError
-from fxpress.passes.base import INTERFACE, VALUES
+from fxpress.passes.base import INTERFACE, VALUES, Context
 from fxpress.passes.manager import PassManager, op_counts, run_passes
 from fxpress.passes.rewrite import call_after, find
 from fxpress.passes.verify import relative_difference
@@ -207,3 +208,20 @@ class Wrong(fxpress.Pass):
         with torch.no_grad():
             next(iter(program.parameters())).mul_(1.5)
         return fxpress.Change(1)
+
+
+def test_a_size_may_be_written_in_another_way():
+    """[batch, batch, 4] by way of a matrix of pairs: batch**2 // batch is batch."""
+
+    class Pairs(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.linear = nn.Linear(8, 4)
+
+        def forward(self, x):
+            n = x.shape[0]
+            return self.linear((x[:, None] - x[None]).reshape(n, n, 8))
+
+    program = fxpress.capture(Pairs(), torch.randn(3, 8))
+    dynamic = run_passes(program, "cleanup,canonicalize,quantize-dynamic", Context(load_target("ort-x86")))
+    assert dynamic(torch.randn(5, 8)).shape == (5, 5, 4)

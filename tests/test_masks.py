@@ -50,6 +50,7 @@ MIXERS = {
     "filled": (lambda q, k, v, m: scores(q, k).masked_fill(~m[:, None, None], -math.inf).softmax(-1) @ v, seen(BATCH, TOKENS)),
     "chosen": (lambda q, k, v, m: torch.where(m[:, None, None], scores(q, k), -1e9).softmax(-1) @ v, seen(BATCH, TOKENS)),
     "lowest": (lambda q, k, v, m: (scores(q, k) + lowest(m)).softmax(-1) @ v, seen(BATCH, TOKENS)),
+    "blind to zero": (lambda q, k, v, m: scores(q, k).masked_fill(~m, -math.inf).softmax(-1).nan_to_num(0.0) @ v, seen(BATCH, 1, TOKENS, TOKENS) & seen(TOKENS, 1)),
     "constant": (lambda q, k, v, m: (scores(q, k) + swin_mask(q)).softmax(-1) @ v, None),
 }  # fmt: skip
 for _, given in MIXERS.values():
@@ -101,7 +102,7 @@ def test_no_softmax_makes_denormal_numbers(name):
     (node,) = [n for n in program.graph.nodes if str(n.target) == SOFTMAX]
     program.graph.output_node().args = ((node,),)
     (weights,) = torch.fx.Interpreter(program.graph_module).run(*inputs, enable_io_processing=False)
-    assert float(weights.min()) > 1e3 * torch.finfo(torch.float32).tiny
+    assert float(weights.nan_to_num(1.0).min()) > 1e3 * torch.finfo(torch.float32).tiny
 
 
 class Calls(nn.Module):
@@ -115,14 +116,21 @@ class Calls(nn.Module):
         return self.function(x)
 
 
+def later() -> torch.Tensor:
+    return torch.full((8, 8), -1e4).triu(1)
+
+
 def test_what_needs_no_shield_has_none():
-    """No mask, a bias that only dampens, another dim."""
+    """No mask, a bias that only dampens, another dim, weights that are read for themselves, numbers of half precision."""
     q = torch.randn(2, 4, 8, 16)
     bias = torch.linspace(-20, 3, 64).view(8, 8)
     for mix in (
         lambda x: F.scaled_dot_product_attention(x, x, x),
         lambda x: (scores(x, x) + bias).softmax(-1) @ x,
         lambda x: x.softmax(1),
+        lambda x: (scores(x, x) + later()).softmax(-1).log(),  # of what is hidden: -inf
+        lambda x: ((scores(x, x) + later()).softmax(-1) > 0).sum(-1),
+        lambda x: (scores(x, x).half() + later().half()).softmax(-1, dtype=torch.float32) @ x,
     ):
         program = run_passes(fxpress.capture(Calls(mix), q), "cleanup")
         before = op_counts(program)
@@ -172,3 +180,41 @@ def test_a_mask_that_hides_nothing_goes(kept, masks):
     assert len(attention.all_input_nodes) - 1 == masks or len(set(attention.all_input_nodes)) == 1 + masks
     assert ("kept" in program.state_dict()) == bool(masks)
     torch.testing.assert_close(program(x), Asks()(x))
+
+
+@pytest.mark.parametrize("target", ["ort-x86", "openvino", "ort-arm"])
+def test_the_form_attention_gives_zeros_to_queries_that_see_nothing(target):
+    """As attention does: softmax alone would give NaN, or the mean of all."""
+    torch.manual_seed(0)
+    mask = torch.zeros(TOKENS, TOKENS).masked_fill(~(seen(TOKENS, TOKENS) & seen(TOKENS, 1)), -math.inf)
+    for hides in (lambda m: mask, lambda m: m.float().log()):
+        module = Mixer(lambda q, k, v, m, h=hides: F.scaled_dot_product_attention(q, k, v, attn_mask=h(m))).eval()
+        inputs = torch.randn(BATCH, TOKENS, WIDTH), seen(BATCH, 1, TOKENS, TOKENS) & seen(TOKENS, 1)
+        program = run_passes(fxpress.capture(module, inputs), "cleanup,canonicalize")
+        context = Context(load_target(target), [inputs])
+        pipeline = "quantize{ranges=minmax}" if target == "openvino" else "quantize{ranges=minmax,forms=[attention]}"
+        quantized = run_passes(program, pipeline, context)
+        wanted = program(*inputs)
+        error = (quantized(*inputs) - wanted).square().sum()
+        assert 10 * torch.log10(wanted.square().sum() / error) > 25
+
+
+def test_a_mask_may_depend_on_the_size_of_the_batch():
+    module = Calls(lambda x: (scores(x, x) + x.new_full((8, 8), -1.0 * x.shape[0])).softmax(-1) @ x)
+    program = run_passes(fxpress.capture(module, torch.randn(3, 4, 8, 16)), "cleanup")
+    assert shield_masks(program) == 0
+
+
+def test_a_bias_that_is_to_be_learned_stays():
+    """Zeros for now."""
+
+    class Biased(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.bias = nn.Parameter(torch.zeros(8, 8))
+
+        def forward(self, x):
+            return F.scaled_dot_product_attention(x, x, x, attn_mask=self.bias)
+
+    program = run_passes(fxpress.capture(Biased(), torch.randn(2, 4, 8, 16)), "cleanup")
+    assert "bias" in dict(program.named_parameters())

@@ -442,6 +442,48 @@ def test_allow_slower_keeps_the_model_and_promises_nothing(clock):
     assert not any(p["name"] == "not-slower" for p in report["promises"])
 
 
+def test_a_dynamic_model_that_is_slower_stays_in_float(clock):
+    torch.manual_seed(0)
+    module, x = nn.Sequential(nn.Linear(16, 16), nn.ReLU(), nn.Linear(16, 4)).eval(), torch.randn(4, 16)
+    clock(0.8, 1.0)
+    report = fxpress.compile(module, (x,), recipe="int8-dynamic").report
+    assert report["pipeline"] == "cleanup,canonicalize,fuse-batchnorm"
+    assert promise(report, "not-slower")["kept"]
+    assert "stays in float" in stage(report, "not-slower")["notes"][0]
+    clock(0.8)
+    kept = fxpress.compile(module, (x,), recipe="int8-dynamic", allow_slower=True).report
+    assert kept["pipeline"].endswith("quantize-dynamic")
+    assert kept["speedup"] == 0.8
+
+
+class PostNorm(nn.Module):
+    """A LayerNorm with an outlier, whose output is also added: smoothing pays a product for it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm, self.linear = nn.LayerNorm(16), nn.Linear(16, 16)
+        with torch.no_grad():
+            self.norm.weight[3] = 60.0
+            self.linear.weight[:, 3] /= 60.0
+
+    def forward(self, x):
+        y = self.norm(x)
+        return y + self.linear(y)
+
+
+@pytest.mark.parametrize("tune", [False, True])
+def test_what_stays_in_float_has_no_products_of_smoothing(clock, tune):
+    torch.manual_seed(0)
+    module, x = PostNorm().eval(), torch.randn(8, 6, 16)
+    clock(1.5)
+    smoothed = fxpress.compile(module, (x[:2],), calibration=[x])
+    assert any(n.op_type == "Mul" for n in smoothed.onnx.graph.node)
+    clock(0.8, 0.9, 1.0)
+    artifact = fxpress.compile(module, (x[:2],), calibration=[x], tune=tune)
+    assert artifact.report["pipeline"] == "cleanup,canonicalize,fuse-batchnorm"
+    assert not any(n.op_type == "Mul" for n in artifact.onnx.graph.node)
+
+
 @pytest.mark.parametrize(("ratios", "slower"), [((0.97, 1.02, 1.01), False), ((0.97, 1.02, 0.96), True), ((1.02,), False)])
 def test_one_unlucky_session_is_no_reason(monkeypatch, ratios, slower):
     """Fresh sessions are asked where the first seems slower."""

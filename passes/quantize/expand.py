@@ -14,7 +14,6 @@ All are the same function in float; they change what can be quantized. Those tha
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -24,6 +23,7 @@ from torch import fx
 
 from ...frontend.program import Program
 from ..rewrite import argument, aten, call_before, constant, is_constant, is_op, put_constant, replace
+from .attention import attention_mix, attention_scores
 from .conditions import LARGE_WINDOW
 from .spec import KEPT_FLOAT, USE_INT16, USE_INTEGER, Target
 
@@ -225,20 +225,6 @@ def _shared_matrix(tokens: fx.Node, node: fx.Node) -> fx.Node | None:
     return next(found, None)
 
 
-def attention_scores(node: fx.Node) -> fx.Node | None:
-    """The scores of attention before its mask, written before it; None where their scale is not known."""
-    query, key = node.args[:2]
-    wide, tall = query.meta["val"], key.meta["val"]  # type: ignore[union-attr]
-    width, factor = wide.shape[-1], argument(node, "scale")
-    if factor is None and isinstance(width, int):
-        factor = 1 / math.sqrt(width)
-    if not isinstance(factor, (int, float)):
-        return None
-    scaled = call_before(node, aten.mul.Tensor, query, factor, value=wide)
-    keys = call_before(node, aten.transpose.int, key, -2, -1, value=tall.transpose(-2, -1))
-    return call_before(node, aten.matmul.default, scaled, keys, value=torch.matmul(wide, keys.meta["val"]))
-
-
 def _attention(program: Program, node: fx.Node) -> fx.Node | None:
     """The scale goes to the queries, which are fewer than the scores. Grouped queries and causal masks stay."""
     value = node.args[2]
@@ -254,6 +240,7 @@ def _attention(program: Program, node: fx.Node) -> fx.Node | None:
     form = scores.meta["val"]
     if mask is not None:
         scores = call_before(node, aten.add.Tensor, scores, mask, value=form)
+        return attention_mix(program, node, scores, value, mask)
     weights = call_before(node, aten.softmax.int, scores, -1, value=form)
     return call_before(node, aten.matmul.default, weights, value)
 

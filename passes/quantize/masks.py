@@ -17,17 +17,21 @@ from typing import Any
 import torch
 from torch import fx
 
-from ...frontend.program import Program, get_attribute
+from ...frontend.program import Program
 from ..rewrite import SAME_VALUES, argument, aten, call_before, find, put_constant, replace
-from .expand import attention_scores, inherit, name_after
+from .attention import attention_mix, attention_scores, known_value, largest_scores, shielded
+from .expand import inherit, name_after
 
 _HIDES = -80.0  # numbers from here down are meant to hide: exp of them is close to the smallest normal float32
-_NOTHING = -60.0
-_LOWEST = torch.finfo(torch.float32).min
-# These take nothing but a dtype and a device from the tensor that they read.
-_CREATIONS = (aten.new_zeros.default, aten.new_ones.default, aten.new_full.default)
 _MOVES = SAME_VALUES | {aten.clone.default, aten._to_copy.default, aten.to.dtype}
 _CHOICES = (aten.where.self, aten.where.Scalar, aten.where.ScalarSelf, aten.where.ScalarOther)
+_PRODUCTS = (aten.matmul.default, aten.bmm.default, aten.einsum.default)
+# What may stand between the weights and the product with the values, and leaves zeros and tiny numbers as they are.
+_PASSES = {
+    aten.dropout.default, aten.nan_to_num.default, aten.isnan.default, aten.masked_fill.Scalar, aten.where.self,
+    aten.where.ScalarSelf, aten.where.ScalarOther, aten.permute.default, aten.transpose.int, aten.squeeze.dim,
+    aten.unsqueeze.default, aten.slice.Tensor, aten.select.int, aten.expand.default,
+}  # fmt: skip
 _SUMS = (aten.add.Tensor, aten.sub.Tensor, aten.minimum.default)
 
 
@@ -37,24 +41,34 @@ def shield_masks(program: Program) -> int:
     for attention in find(program, aten.scaled_dot_product_attention.default):
         count += _write_out(program, attention, biases)
     for softmax in find(program, aten.softmax.int, aten._softmax.default):
-        form = softmax.meta["val"]
-        if form.dtype is torch.float32 and softmax.args[1] in (-1, form.ndim - 1) and _hides(program, softmax.args[0]):
-            softmax.update_arg(0, _shielded(softmax, softmax.args[0], _largest(softmax, softmax.args[0])))
+        scores = softmax.args[0]
+        if _is_masked_attention(program, softmax, scores):
+            softmax.update_arg(0, shielded(softmax, scores, largest_scores(softmax, scores)))
             count += 1
     return count
 
 
-def _largest(before: fx.Node, scores: Any) -> fx.Node:
-    """The largest score of each query, [.., 1]."""
-    return call_before(before, aten.amax.default, scores, [-1], True, value=scores.meta["val"][..., :1])
+def _is_masked_attention(program: Program, softmax: fx.Node, scores: Any) -> bool:
+    """Does a softmax over the last dim of float32 see hidden tokens, and weigh values with what it gives? (Who reads
+    the weights themselves, their logarithm say, is to find zeros there.)"""
+    forms = softmax.meta["val"], scores.meta["val"]
+    last = softmax.args[1] in (-1, forms[0].ndim - 1) and all(f.dtype is torch.float32 for f in forms)
+    return last and _hides(program, scores) and _only_weighs(softmax)
 
 
-def _shielded(before: fx.Node, scores: Any, largest: fx.Node) -> fx.Node:
-    """The scores less their largest, none below what counts. A query that may look at nothing has scores of -inf."""
-    form, one = scores.meta["val"], largest.meta["val"]
-    finite = call_before(before, aten.clamp_min.default, largest, _LOWEST, value=one)
-    less = call_before(before, aten.sub.Tensor, scores, finite, value=form)
-    return call_before(before, aten.clamp_min.default, less, _NOTHING, value=form)
+def _only_weighs(weights: fx.Node) -> bool:
+    """Do only products read it, as it is or with other numbers in some places?"""
+    pending, seen = [weights], {weights}
+    while pending:
+        node = pending.pop()
+        for user in node.users:
+            if user.target in _PRODUCTS or user in seen:
+                continue
+            if user.target not in _MOVES and user.target not in _PASSES:
+                return False
+            seen.add(user)
+            pending.append(user)
+    return True
 
 
 def _write_out(program: Program, node: fx.Node, known: dict[fx.Node, fx.Node]) -> bool:
@@ -85,14 +99,7 @@ def _write_out(program: Program, node: fx.Node, known: dict[fx.Node, fx.Node]) -
     for bias in biases:
         form = scores.meta["val"]
         scores = call_before(node, aten.add.Tensor, scores, bias, value=form)
-    largest = _largest(node, scores)
-    shielded = _shielded(node, scores, largest)
-    weights = call_before(node, aten.softmax.int, shielded, -1, value=shielded.meta["val"])
-    mixed = call_before(node, aten.matmul.default, weights, value)
-    if mask is not None and _may_hide_a_row(program, mask):
-        one = largest.meta["val"]
-        blind = call_before(node, aten.eq.Scalar, largest, -math.inf, value=torch.empty_like(one, dtype=torch.bool))
-        mixed = call_before(node, aten.masked_fill.Scalar, mixed, blind, 0.0)
+    mixed = attention_mix(program, node, scores, value, mask)
     inherit(start, node)
     name_after(mixed, node.name)
     replace(node, mixed)
@@ -106,17 +113,6 @@ def _bias(node: fx.Node, mask: fx.Node) -> fx.Node:
     if form.dtype is not torch.bool:
         return mask
     return call_before(node, aten.where.Scalar, mask, 0.0, -math.inf, value=torch.empty_like(form, dtype=torch.float32))
-
-
-def _may_hide_a_row(program: Program, mask: fx.Node) -> bool:
-    """May a query look at nothing?"""
-    while mask.target is aten.expand.default and mask.meta["val"].shape[-1] == mask.args[0].meta["val"].shape[-1]:  # type: ignore[union-attr]
-        mask = mask.args[0]  # type: ignore[assignment]
-    known = known_value(program, mask)
-    if known is None:
-        return True
-    hidden = ~known if known.dtype is torch.bool else known == -math.inf
-    return bool(hidden.all(-1).any())
 
 
 def _hides(program: Program, scores: Any) -> bool:
@@ -159,28 +155,3 @@ def _is_low(program: Program, number: Any) -> bool:
         known = known_value(program, number)
         return known is not None and known.numel() > 0 and bool((known <= _HIDES).all())
     return isinstance(number, (int, float)) and number <= _HIDES
-
-
-def known_value(program: Program, node: fx.Node) -> torch.Tensor | None:
-    """The tensor that a node computes from constants alone; None where it depends on an input."""
-    known: dict[fx.Node, Any] = {}
-    pending = [node]
-    while pending:
-        at = pending[-1]
-        waiting = [n for n in at.all_input_nodes if n not in known] if at.target not in _CREATIONS else []
-        if at.op == "get_attr":
-            known[pending.pop()] = get_attribute(program.graph_module, str(at.target))
-        elif at.op != "call_function" or torch.Tag.nondeterministic_seeded in getattr(at.target, "tags", ()):
-            return None
-        elif waiting:
-            pending += waiting
-        elif at.target in _CREATIONS:
-            if not all(isinstance(s, int) for s in at.args[1]):  # type: ignore[union-attr]
-                return None
-            like = torch.empty(0, dtype=at.meta["val"].dtype)
-            known[pending.pop()] = at.target(like, *at.args[1:])  # type: ignore[operator]
-        else:
-            args, kwargs = fx.map_arg((at.args, at.kwargs), known.__getitem__)
-            with torch.no_grad():
-                known[pending.pop()] = at.target(*args, **kwargs)  # type: ignore[operator]
-    return known[node] if isinstance(known[node], torch.Tensor) else None

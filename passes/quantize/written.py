@@ -28,7 +28,12 @@ def write_product(program: Program, linear: fx.Node, _: int) -> None:
     replace(linear, product if bias is None else call_before(linear, aten.add.Tensor, product, bias))
 
 
-_REWRITES = {COLUMNS: rewrite_columns, CHANNELS: widen_depthwise, PRODUCT: write_product}
+# What carries a mark out, and the op that can have it: what a pass puts before a layer inherits what is said of that.
+_REWRITES = {
+    COLUMNS: (aten.conv2d.default, rewrite_columns),
+    CHANNELS: (aten.conv2d.default, widen_depthwise),
+    PRODUCT: (aten.linear.default, write_product),
+}
 
 
 def layers_on_tokens(program: Program) -> list[fx.Node]:
@@ -51,10 +56,10 @@ def as_written(program: Program) -> Program:
     for node in list(written.graph.nodes):
         for form, number in _marks(node).items():
             node.meta["custom"] = {k: v for k, v in node.meta["custom"].items() if k != form}
-            _REWRITES[form](written, node, number)
+            _REWRITES[form][1](written, node, number)
     return written
 
 
 def _marks(node: fx.Node) -> dict[str, Any]:
     custom = node.meta.get("custom") or {}
-    return {form: custom[form] for form in _REWRITES if form in custom}
+    return {form: custom[form] for form, (op, _) in _REWRITES.items() if form in custom and is_op(node, op)}

@@ -23,8 +23,9 @@ from ...rewrite import (
     set_argument,
     update_constant,
 )
+from ..spec import Target
 from .float_twin import FLOAT_TWIN, IntegerLayer, Twins, make_twins
-from .trials import Batch, Verdict, judge_outputs, split_samples
+from .trials import Batch, Verdict, judge_outputs, required_target, split_samples
 
 _JUDGE = 32
 _FRONT_BYTES = 1 << 28
@@ -78,7 +79,8 @@ def correct_biases(twins: Twins, batches: list[Batch], context: Context) -> int:
         front.start(stage, level)
         got = _means(front, batches)
         for node in level:
-            shift_bias(twins.program, layers[node], typical(expected[layers[node].twin] - got[node]))
+            shift = typical(expected[layers[node].twin] - got[node])
+            shift_bias(twins.program, layers[node], shift, required_target(context))
         done += len(level)
         if context.progress:
             context.progress(CorrectBias.name, done, len(layers))
@@ -117,8 +119,8 @@ def by_channel(layer: fx.Node, value: torch.Tensor) -> torch.Tensor:
     return value.transpose(0, dim).flatten(1).double()
 
 
-def shift_bias(program: Program, layer: IntegerLayer, shift: torch.Tensor) -> None:
-    """Add `shift` [channels] to the layer's bias, in integers where the bias is stored so."""
+def shift_bias(program: Program, layer: IntegerLayer, shift: torch.Tensor, target: Target) -> None:
+    """Add `shift` [channels] to the layer's bias, in integers where the target's biases are stored so."""
     bias = argument(layer.node, "bias")
     if is_op(bias, torch.ops.fxpress.dequantize_channel.default):
         stored, scales = constant(program, bias.args[0]), constant(program, bias.args[1])
@@ -130,7 +132,7 @@ def shift_bias(program: Program, layer: IntegerLayer, shift: torch.Tensor) -> No
         assert old is not None
         update_constant(program, bias, (old.detach().double() + shift).to(old.dtype))
     elif bias is None:
-        _new_bias(program, layer, shift)
+        _new_bias(program, layer, shift, target)
 
 
 def _stored_bias(shift: torch.Tensor, scales: torch.Tensor, old: torch.Tensor | None = None) -> torch.Tensor:
@@ -138,15 +140,19 @@ def _stored_bias(shift: torch.Tensor, scales: torch.Tensor, old: torch.Tensor | 
     return q.clamp(-_LIMIT, _LIMIT).to(torch.int32)
 
 
-def _new_bias(program: Program, layer: IntegerLayer, shift: torch.Tensor) -> None:
-    """A bias for a layer without one, at the scale input x weight; none where the input's scale is not to be found."""
+def _new_bias(program: Program, layer: IntegerLayer, shift: torch.Tensor, target: Target) -> None:
+    """A bias for a layer without one: in float, or at the scale input x weight; none where the input's scale is not to
+    be found."""
+    path = f"{str(layer.weight.target).rpartition('.')[0]}.bias".lstrip(".")
+    if target.bias is None:
+        set_argument(layer.node, "bias", put_constant(program, path, torch.nn.Parameter(shift.float()), layer.node))
+        return
     source = layer.node.args[0]
     while isinstance(source, fx.Node) and is_op(source, aten.constant_pad_nd.default):
         source = source.args[0]
     if not is_op(source, torch.ops.fxpress.dequantize.default):
         return
     scales = layer.scales * torch.tensor(source.args[1], dtype=torch.float32)  # type: ignore[union-attr]
-    path = f"{str(layer.weight.target).rpartition('.')[0]}.bias".lstrip(".")
     stored = put_constant(program, path, _stored_bias(shift, scales), layer.node)
     scale = put_constant(program, f"{stored.target}_scale", scales, layer.node)
     value = fake_like(layer.node, torch.empty(shift.shape))

@@ -226,7 +226,7 @@ class Learning:
                 with torch.no_grad():
                     value = run(example.batch, example.given)[layer.node]
                 shifts.append(example.means[layer] - sample_means(layer.node, value, example.batch))
-            shift_bias(self.twins.program, layer, typical(torch.cat(shifts)))
+            shift_bias(self.twins.program, layer, typical(torch.cat(shifts)), self.target)
         return task.error(self.twins.program, task.judge)
 
     def _soften(self, layer: IntegerLayer) -> SoftWeight | None:
