@@ -137,7 +137,10 @@ def _checked_inputs(
         raise DataError("the example inputs hold no tensor", hint="pass one at least: torch.randn(2, 3, 224, 224)")
     for tensor in tensors:
         if tensor.is_floating_point() and not torch.isfinite(tensor).all():
-            raise DataError("the example inputs hold NaN or infinity", hint="check how they were loaded")
+            raise DataError(
+                "the example inputs hold NaN or infinity",
+                hint="check how they were loaded; give masks as booleans, or with a large negative number as -1e9",
+            )
     args, kwargs = pytree.tree_map_only(torch.Tensor, torch.Tensor.detach, (tuple(args), kwargs))
     return args, kwargs
 
@@ -241,7 +244,8 @@ def _capture_error(error: Exception) -> CaptureError:
         return CaptureError(
             f"the model does not take every batch size: it needs {condition}" if condition else fixed,
             where=_user_line(error) or _line_in_text(text),
-            hint="use x.shape[0] or -1 instead of a number in view/reshape, or capture with dynamic_batch=False",
+            hint="use x.shape[0] or -1 instead of a number in view/reshape, or capture with dynamic_batch=False; where "
+            "the batch of the example equals another of its sizes (tokens, say), give an example of another batch",
         )
     if "data-dependent" in text or "DataDependent" in name or "GuardOnDataDependent" in name:
         return CaptureError(

@@ -25,7 +25,7 @@ from .trials import Batch, judge_quantized, required_target, split_samples
 
 _ALPHAS = (0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9)
 _FIT, _LEAST_FIT = 64, 8  # samples to fit to; half as many judge
-_WORK = 1e11  # multiplications that one run of the samples may take, the least number of them aside
+_WORK = 5e10  # multiplications that one run of the samples may take, the least number of them aside
 _WORTH_A_PRODUCT = 10**0.2  # an error 2 dB less at the layers behind it
 _TOKENS = 512  # rows that the error of a linear layer is measured on
 _KEPT_BYTES = 1 << 25  # of the samples that the error of one layer is measured on
