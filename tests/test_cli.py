@@ -99,7 +99,8 @@ def test_compile_from_a_callable_with_dump(fxp, model, tmp_path):
                                "--dump", tmp_path / "dump")  # fmt: skip
     assert (code, stdout) == (0, ""), stderr
     dumped = sorted(p.name for p in (tmp_path / "dump").iterdir())
-    assert dumped == ["00-input.txt", "01-cleanup.txt", "02-canonicalize.txt", "03-fuse-batchnorm.txt", "04-quantize.txt"]
+    assert dumped == ["00-input.txt", "01-cleanup.txt", "02-canonicalize.txt", "03-fuse-batchnorm.txt",
+                      "04-smooth.txt", "05-quantize.txt"]  # fmt: skip
     assert "aten.batch_norm.default: 1 -> 0" in (tmp_path / "dump" / dumped[3]).read_text()
 
 
