@@ -46,7 +46,7 @@ def cost_table(program: Program) -> list[LayerCost]:
 
     A parameter that several nodes read is counted at the first of them.
     """
-    sizes = _Sizes(program)
+    sizes = Sizes(program)
     seen: set[int] = set()
     rows = []
     for node in program.graph.nodes:
@@ -88,7 +88,7 @@ def concrete(size: Any) -> int:
     return size if isinstance(size, int) else int(size.node.hint)
 
 
-class _Sizes:
+class Sizes:
     """Shapes at batch 1.
 
     A program with a fixed batch is divided by it instead: by the first size of its first input, when all outputs
@@ -114,7 +114,7 @@ class _Sizes:
         return concrete(size)
 
 
-def _node_macs(node: fx.Node, sizes: _Sizes) -> int:
+def _node_macs(node: fx.Node, sizes: Sizes) -> int:
     name = op_name(node)
     if name in _RECURRENT:
         return _recurrent(node, sizes) // sizes.divisor
@@ -166,13 +166,13 @@ _DYNAMIC = ("fxpress.dynamic_linear", "fxpress.dynamic_lstm")
 _RECURRENT = ("aten.lstm", "aten.gru", "aten.rnn_tanh", "aten.rnn_relu", "fxpress.dynamic_lstm")
 
 
-def _recurrent(node: fx.Node, sizes: _Sizes) -> int:
+def _recurrent(node: fx.Node, sizes: Sizes) -> int:
     """Every weight matrix is applied once for each step of each sequence: input [steps, batch, in] or batch first."""
     matrices = [p for p in pytree.tree_leaves(node.args[2]) if len(sizes.of(p)) == 2]
     return prod(sizes.of(node.args[0])[:-1]) * sum(prod(sizes.of(m)) for m in matrices)
 
 
-def _einsum(node: fx.Node, sizes: _Sizes) -> int:
+def _einsum(node: fx.Node, sizes: Sizes) -> int:
     """The size of the joint index space, for the usual case of two operands without an ellipsis."""
     equation, operands = str(node.args[0]).replace(" ", ""), [sizes.of(o) for o in node.args[1]]  # type: ignore[union-attr]
     if len(operands) != 2 or "." in equation:

@@ -133,14 +133,11 @@ def test_adapters_are_trained_and_vanish():
     program = student()
     objective = Distillation(program, teacher(), [Features((("one", "one"), ("two", "two")))])
     before = [p.clone() for p in objective.parameters()]
-    trained_to = []
     data = (torch.randn(32, 3, 8, 8), torch.randint(5, (32,)))
     trained = fxpress.train(
-        program, data, TrainingOptions(epochs=6, batch_size=16, optimizer=AdamW(1e-2)), objective=objective,
-        progress=lambda name, done, total: trained_to.append([p.detach().clone() for p in objective.parameters()]),
-    )  # fmt: skip
-    assert not any(torch.equal(a, b) for a, b in zip(before, trained_to[-1], strict=True))
-    assert all(torch.equal(a, b) for a, b in zip(before, objective.parameters())), "the objective can be used again"
+        program, data, TrainingOptions(epochs=6, batch_size=16, optimizer=AdamW(1e-2)), objective=objective
+    )
+    assert not any(torch.equal(a, b) for a, b in zip(before, objective.parameters()))
     assert {n for n, _ in trained.program.named_parameters()} == {n for n, _ in program.named_parameters()}
     assert trained.history[-1].loss < 0.9 * trained.history[0].loss
 

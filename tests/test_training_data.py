@@ -128,4 +128,4 @@ def test_more_than_one_tensor_of_labels_is_explained(form):
     data = {"list": [(INPUTS, LABELS, LABELS)], "loader": DataLoader(rows, batch_size=4), "dataset": rows}[form]
     with pytest.raises(DataError, match="a batch holds 3 tensors, the model takes 1") as caught:
         fxpress.finetune(plain(), data)
-    assert "hint: labels are one tensor" in str(caught.value)
+    assert "labels are one tensor" in str(caught.value)

@@ -7,14 +7,14 @@ from math import prod
 from torch import fx
 
 from ..errors import TrainingError
-from ..frontend.cost import _Sizes
+from ..frontend.cost import Sizes
 from ..frontend.program import Program, layer_name, source_of
 from ..passes.rewrite import argument, aten, find
 
 
 def one_value_norms(program: Program) -> list[fx.Node]:
     """The BatchNorm nodes that see one value per channel where the batch holds one example: [1, C] or [1, C, 1, 1]."""
-    sizes = _Sizes(program)
+    sizes = Sizes(program)
     return [n for n in find(program, aten.batch_norm.default) if prod(_places(sizes.of(n))) == 1]
 
 

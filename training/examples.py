@@ -7,7 +7,6 @@ two processes train as one does, up to rounding (and BatchNorm, which sees only 
 from __future__ import annotations
 
 import itertools
-import re
 from collections.abc import Callable, Iterator, Sized
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
@@ -137,9 +136,8 @@ class Indexed:
         mine = [rows[own].tolist() for rows, (own, _) in zip(whole, shares)]
         loader = DataLoader(self.dataset, batch_sampler=mine, num_workers=self.workers)
         checked = Batches(self.program, lambda: loader).labelled(self.labelled)
-        with _one_label(self.program):
-            for (inputs, labels), rows, (_, weight) in zip(checked, whole, shares, strict=True):
-                yield Slot(inputs, labels, weight, len(rows))
+        for (inputs, labels), rows, (_, weight) in zip(checked, whole, shares, strict=True):
+            yield Slot(inputs, labels, weight, len(rows))
 
 
 @dataclass
@@ -242,8 +240,7 @@ def as_examples(
     if workers:
         raise OptionError("workers have no effect on these data", hint="give a torch Dataset of single examples")
     whole = _one_set(program, data, labelled)
-    with _one_label(program):
-        batches = as_batches(program, whole or data)
+    batches = as_batches(program, whole or data)
     finite = isinstance(batches.source(), (list, tuple)) or (isinstance(data, Data) and data.count is not None)
     held = hold(batches, batch_size, seed, labelled) if finite and all(batched(program.inputs)) else None
     return held or Streamed(batches, seed, labelled, data if isinstance(data, DataLoader) else None)
@@ -270,19 +267,6 @@ def _require_whole(loader: DataLoader[Any]) -> None:
             "the DataLoader has a DistributedSampler, and each process would train on a part of its part",
             hint="leave the sampler out: fxpress shares each batch among the processes itself",
         )
-
-
-@contextmanager
-def _one_label(program: Program) -> Iterator[None]:
-    """Say, where a batch holds too many tensors, that one tensor at most is for labels."""
-    try:
-        yield
-    except DataError as error:
-        count = re.match(r"a batch holds (\d+) tensors", error.message)
-        if count is None or int(count[1]) <= len(program.inputs) + 1:
-            raise
-        hint = "labels are one tensor: stack several into columns, which an objective of your own takes apart"
-        raise DataError(error.message, hint=hint) from error
 
 
 def _one_set(program: Program, data: Any, labelled: bool) -> list[tuple[Any, ...]] | None:

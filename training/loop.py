@@ -37,7 +37,7 @@ from .engine import Engine, Step, make_engine, move
 from .examples import Augment, Examples, Held, Indexed, Streamed, as_examples
 from .objectives import Batch, CrossEntropy, Objective, reads_labels, tells_classes
 from .options import TrainingOptions
-from .parameters import kept_as_it_was, only, trainable
+from .parameters import given_back, only, trainable
 from .run import Hooks, Progress, Run, Saving
 from .schedules import OneCycle, require
 from .seeding import generators_kept
@@ -90,8 +90,8 @@ def train(
     better. `augment(inputs, generator)` varies the inputs of a step; "flip-shift" mirrors pictures and moves them by up
     to an eighth of their size.
     `on_epoch(program, number)` is called before each epoch, from 0, and before the rest of one that is resumed; it may
-    switch what the program does, by the number alone. Weights of an `objective` are trained, and given back as they
-    were, so that the same call goes on from its checkpoint.
+    switch what the program does, by the number alone. Weights of an `objective` are trained with the program's, and are
+    as they were where the training is broken off, so that the same call goes on from its checkpoint.
 
     `plan`: the sparse plan that the program was pruned by; its zeros stay zero.
 
@@ -112,11 +112,11 @@ def train(
     copy, objective = program.copy(), objective or CrossEntropy(options.label_smoothing)
     chosen = trainable(copy, options.freeze)
     start = time.perf_counter()
-    with generators_kept(), only(copy, chosen), kept_as_it_was(objective), peak_memory() as memory:
+    with generators_kept(), only(copy, chosen), given_back(objective), peak_memory() as memory:
         step = Step(copy, objective)
         run_of = {
             **options.described(),
-            "start": digest(step.state_dict()),
+            "start": digest(copy.state_dict()),
             "steps": examples.steps,
             **{k: described(v) for k, v in (("objective", objective), ("plan", plan))},
             **{k: _called(f) for k, f in (("augment", augment), ("evaluate", evaluate))},

@@ -2,8 +2,8 @@
 
 An objective returns a scalar, the mean over the examples of the batch. It may depend on the batch, with its place in
 the training, and on nothing that an earlier call left behind, or a resumed run would differ. One with weights of its
-own (adapters, say) is an `nn.Module`: they are trained and kept in checkpoints beside those of the program, and given
-back as they were at the end. One that says `reads_labels = False` is trained with on data without labels, too.
+own (adapters, say) is an `nn.Module`: they are trained and kept in checkpoints beside those of the program. One that
+says `reads_labels = False` is trained with on data without labels, too.
 """
 
 from __future__ import annotations

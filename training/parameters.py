@@ -51,17 +51,20 @@ def only(program: Program, chosen: Named) -> Iterator[None]:
 
 
 @contextmanager
-def kept_as_it_was(objective: Any) -> Iterator[None]:
-    """Give an objective's own weights (adapters) back after the block, on the CPU: they are part of the run alone."""
+def given_back(objective: Any) -> Iterator[None]:
+    """Leave an objective's own weights (adapters) on the CPU after the block: trained, or as they were where it was
+    left by an error, so that the same call can go on from its checkpoint."""
     if not isinstance(objective, nn.Module):
         yield
         return
     before = {n: t.detach().clone() for n, t in objective.state_dict().items()}
     try:
         yield
-    finally:
+    except BaseException:
         objective.to("cpu").load_state_dict(before)
-        objective.zero_grad()
+        raise
+    finally:
+        objective.to("cpu").zero_grad()
 
 
 def decay_groups(chosen: Named, norms: set[str], tables: set[str], weight_decay: float) -> list[Group]:

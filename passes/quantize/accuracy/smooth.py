@@ -52,6 +52,7 @@ class Smooth(Pass):
 
     name = "smooth"
     preserves = frozenset({VALUES, INTERFACE})
+    writes_weights = False
 
     alpha: float | Literal["auto"] = "auto"
     when: Literal["helps", "always"] = "helps"
@@ -64,7 +65,7 @@ class Smooth(Pass):
 
     def run(self, program: Program, context: Context) -> Change:
         target = required_target(context)
-        trial = program.copy()
+        trial = program.copy(share_weights=True)
         products = self._insert(trial)
         links = find_sites(trial, self.convolutions)
         if not links:

@@ -124,7 +124,7 @@ def required_target(context: Context) -> Target:
 
 def _quantized(program: Program, samples: Samples, context: Context) -> Program:
     required_target(context)
-    trial = program.copy()
+    trial = program.copy(share_weights=True)
     quiet = dataclasses.replace(context, calibration=samples.fit, progress=None, results={}, wanted=frozenset())
     Quantize(ranges="minmax").run(trial, quiet)
     trial.graph_module.recompile()
