@@ -112,8 +112,8 @@ def flat_inputs(infos: tuple[TensorInfo, ...], item: Any) -> tuple[torch.Tensor,
     if len(leaves) != len(infos):
         raise DataError(
             f"a batch holds {len(leaves)} tensors, the model takes {len(infos)}: {', '.join(map(str, infos))}",
-            hint="give inputs, or (inputs, labels), in the order of the model's arguments; labels are one tensor (stack "
-            "several into columns, which an objective of your own takes apart)",
+            hint="give inputs, or (inputs, labels), in the order of the model's arguments; labels are one tensor "
+            "(stack several into columns, which an objective of your own takes apart)",
         )
     return tuple(_as_tensor(x, i) for x, i in zip(leaves, infos))
 
