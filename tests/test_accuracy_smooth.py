@@ -62,7 +62,7 @@ class HandNorm(nn.Module):
         return self.linear(self.weight * (x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + 1e-6)))
 
 
-def data(count: int = 4) -> list[tuple[torch.Tensor]]:
+def data(count: int = 8) -> list[tuple[torch.Tensor]]:
     generator = torch.Generator().manual_seed(1)
     return [(torch.randn(8, 6, WIDTH, generator=generator),) for _ in range(count)]
 
@@ -193,3 +193,12 @@ def test_wrong_use():
         run_passes(program, "smooth", Context(target=TARGET))
     with pytest.raises(QuantizationError, match="target"):
         run_passes(program, "smooth", Context(calibration=data()))
+
+
+def test_few_tokens_say_too_little():
+    """A channel that calibration saw little of may reach further: smoothed, it would be cut off."""
+    program = captured(Block())
+    record = run_passes(program, "smooth", Context(target=TARGET, calibration=data(4))).log[-1]
+    assert record.changes == 0
+    assert "at no site" in record.notes[0]
+    assert run_passes(program, "smooth{when=always}", Context(target=TARGET, calibration=data(4))).log[-1].changes > 0

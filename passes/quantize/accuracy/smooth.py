@@ -27,6 +27,8 @@ _ALPHAS = (0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9)
 _FIT, _LEAST_FIT = 64, 8  # samples to fit to; half as many judge
 _WORK = 5e10  # multiplications that one run of the samples may take, the least number of them aside
 _WORTH_A_PRODUCT = 10**0.2  # an error 2 dB less at the layers behind it
+# Smoothed channels reach as far as one another, so that any of them may be cut off by what calibration did not see.
+_LEAST_TOKENS = 256
 _TOKENS = 512  # rows that the error of a linear layer is measured on
 _KEPT_BYTES = 1 << 25  # of the samples that the error of one layer is measured on
 _LEAST = 1e-5  # no factor divides by less, as in the paper
@@ -47,7 +49,8 @@ class Smooth(Pass):
     site alone. `convolutions=true` smooths what convolutions read as well. `insert=true` puts a product of its own
     before linear layers that read what others read too (one more float operation at each such place); `insert=auto`
     does so behind normalizations, where outliers are made, and keeps the products that gain 2 dB at their layers.
-    With `when=helps` the whole program is quantized with and without, and the pass keeps the better.
+    With `when=helps` the whole program is quantized with and without, and the pass keeps the better; what fewer than
+    256 tokens were seen of is left alone.
     """
 
     name = "smooth"
@@ -74,13 +77,14 @@ class Smooth(Pass):
         fit = min(_FIT, max(_LEAST_FIT, int(_WORK / max(count_macs(program), 1))))
         samples = split_samples(program, context.calibration, fit, fit // 2, self.name)
         dear = frozenset(products if self.insert == "auto" else ())
-        chosen = smooth_sites(trial, links, samples.fit, target, self.alpha, dear)
+        least = _LEAST_TOKENS if self.when == "helps" else 1
+        chosen = smooth_sites(trial, links, samples.fit, target, self.alpha, dear, least)
         inserted = len(products) - drop_ones(trial, products)
         trial.graph_module.recompile()
         told = f"smoothing {len(chosen)} of {len(links)} sites" + _alphas(list(chosen.values()))
         told += f", {inserted} of them by a product of their own" if inserted else ""
         if not chosen:
-            return Change(0, [f"{told}: at no site the layers behind it get more exact"])
+            return Change(0, [f"{told}: at no site the layers behind it get more exact, on {least} tokens or more"])
         if self.when == "helps":
             verdict = judge_quantized(program, trial, samples, context)
             told = verdict.told(told)
@@ -115,13 +119,16 @@ def smooth_sites(
     target: Target,
     alpha: float | Literal["auto"],
     dear: frozenset[fx.Node] = frozenset(),
+    least_tokens: int = 1,
 ) -> dict[str, float]:
-    """Smooth in place; where the producer is among `dear`, only if it gains much. Returns the alpha of each site that
-    was smoothed, by the name of what makes the tensor."""
+    """Smooth in place; where the producer is among `dear`, only if it gains much, and nowhere on fewer tokens than
+    `least_tokens`. Returns the alpha of each site that was smoothed, by the name of what makes the tensor."""
     seen = observe_links(program, links, batches)
     chosen = {}
     for link in links:
         noted = seen[link.producer]
+        if noted.tokens < least_tokens:
+            continue
         worth = _WORTH_A_PRODUCT if link.producer in dear else 1.0
         best = best_alpha(program, link, noted, target, worth) if alpha == "auto" else alpha
         if best is None:
@@ -160,10 +167,12 @@ def smoothing(program: Program, link: Link, largest: torch.Tensor, alpha: float)
 
 @dataclass
 class Seen:
-    """Of one site: the largest |x| of each channel, and some inputs of each reader."""
+    """Of one site: the largest |x| of each channel, some inputs of each reader, and of how many tokens (or places of a
+    map) that is."""
 
     largest: torch.Tensor
     inputs: list[torch.Tensor]
+    tokens: int = 0
 
 
 def observe_links(program: Program, links: list[Link], batches: list[Batch]) -> dict[fx.Node, Seen]:
@@ -181,6 +190,7 @@ def observe_links(program: Program, links: list[Link], batches: list[Batch]) -> 
                 seen[link.producer].largest = torch.maximum(seen[link.producer].largest, largest)
             else:
                 seen[link.producer] = Seen(largest, [_few(r, x) for r, x in zip(link.readers, inputs)])
+            seen[link.producer].tokens += inputs[0].numel() // inputs[0].shape[_channel_dim(link.readers[0], inputs[0])]
     return seen
 
 
