@@ -474,7 +474,7 @@ class PostNorm(nn.Module):
 @pytest.mark.parametrize("tune", [False, True])
 def test_what_stays_in_float_has_no_products_of_smoothing(clock, tune):
     torch.manual_seed(0)
-    module, x = PostNorm().eval(), torch.randn(8, 6, 16)
+    module, x = PostNorm().eval(), torch.randn(64, 6, 16)
     clock(1.5)
     smoothed = fxpress.compile(module, (x[:2],), calibration=[x])
     assert any(n.op_type == "Mul" for n in smoothed.onnx.graph.node)
