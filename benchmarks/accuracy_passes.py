@@ -34,7 +34,7 @@ import fxpress
 from fxpress.backends.onnx.lower import lower
 from fxpress.backends.targets import load_target
 from fxpress.frontend.program import Program
-from fxpress.frontend.sources import load_source
+from fxpress.frontend.sources import declare_torchvision_operators, load_source
 from fxpress.frontend.sqnr import Sqnr
 from fxpress.frontend.weights import load_weights
 from fxpress.passes.base import Context
@@ -131,6 +131,7 @@ def deit_tiny() -> Case:
 
 def bert() -> Case:
     """BERT, four layers, random weights: its LayerNorms come after the sums, which read them as well."""
+    declare_torchvision_operators()  # transformers imports torchvision
     from transformers import BertConfig, BertModel
 
     torch.manual_seed(0)

@@ -29,7 +29,7 @@ from fxpress.backends.coverage import measure_coverage
 from fxpress.backends.onnx.lower import lower
 from fxpress.backends.targets import load_target
 from fxpress.frontend.program import Program
-from fxpress.frontend.sources import load_source
+from fxpress.frontend.sources import declare_torchvision_operators, load_source
 from fxpress.passes.base import Context
 from fxpress.passes.manager import PassManager, run_passes
 from fxpress.passes.quantize.ranges.choose import mean_sqnr, program_outputs
@@ -104,6 +104,7 @@ class Text(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         declare_operators()  # which transformers asks of torchvision
+        declare_torchvision_operators()  # transformers imports torchvision
         from transformers import BertConfig, BertModel
 
         self.model = BertModel(BertConfig(attn_implementation="sdpa"), add_pooling_layer=False)

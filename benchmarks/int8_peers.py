@@ -37,7 +37,7 @@ from zoo_models import redraw
 
 import fxpress
 from fxpress.backends.coverage import measure_coverage
-from fxpress.frontend.sources import load_source
+from fxpress.frontend.sources import declare_torchvision_operators, load_source
 from fxpress.frontend.sqnr import Sqnr
 from fxpress.frontend.weights import load_weights
 from fxpress.runtime.session import Session, make_session
@@ -69,6 +69,7 @@ def _mobilenet_v2() -> nn.Module:
 
 
 def _bert() -> nn.Module:
+    declare_torchvision_operators()  # transformers imports torchvision
     from transformers import BertConfig, BertModel
 
     return redraw(BertModel(BertConfig(), add_pooling_layer=False))
