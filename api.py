@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import os
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -29,7 +28,7 @@ from .compilation.options import (
     journal_beside,
     started_processes,
 )
-from .compilation.settings import Progress, Settings, Stages, quantizes, trains
+from .compilation.settings import Progress, Settings, Stages, quantizes
 from .compilation.steps import FLOAT_PIPELINE, compile_program, latency_clock
 from .errors import DataError, OptionError
 from .frontend.batches import Batches, as_batches
@@ -136,11 +135,6 @@ def compile(
         training=training,
     )
     check_settings(settings)
-    if processes is None and trains(settings.passes) and int(os.environ.get("WORLD_SIZE", "1")) > 1:
-        raise OptionError(
-            "the recipe trains on all processes that torchrun started, and each would calibrate and write by itself",
-            hint="give distributed=True",
-        )
     check_origin(reference, plan)
     if calibration is None and quantizes(settings.passes):
         raise DataError("quantization needs calibration data", hint="give calibration (--data), or the recipe float")

@@ -6,11 +6,12 @@ from collections.abc import Sequence
 from typing import Any
 
 from ..passes.pipeline import print_pipeline
-from ..passes.quantize.placement.fallback import FACTS, Trial
+from ..passes.quantize.placement.fallback import FACTS, Instead, Trial
 from ..passes.quantize.placement.sensitivity import Sensitivity
 from .allowance import Outcome
 
 _LISTED = 8
+_WHERE: dict[Instead, str] = {"float": "float", "int16": "16 bits"}  # for people
 
 
 def describe(outcome: Outcome) -> list[str]:
@@ -24,9 +25,8 @@ def describe(outcome: Outcome) -> list[str]:
         f"{shares_text(_shares(best, outcome))} (allowed {outcome.allowance.drop:.4f}; {judged})",
         f"the pipeline from quantization on: {change}",
     ]
-    for instead, where in (("float", "float"), ("int16", "16 bits")):
-        if names := outcome.kept[instead]:  # type: ignore[index]
-            notes.append(f"in {where} because of the allowance: {_listed(names)}")
+    kept = ((where, outcome.kept[instead]) for instead, where in _WHERE.items())
+    notes += [f"in {where} because of the allowance: {_listed(names)}" for where, names in kept if names]
     points = [f"{shares_text(p)} -> {p['drop']:.4f}" for p in curve(outcome)]
     notes.append(f"what it takes -> drop: {', '.join(points)}")
     failed = [t for t in outcome.trials if t.metric is None]
@@ -74,8 +74,7 @@ def as_json(outcome: Outcome) -> dict[str, Any]:
     return {
         "allowed_drop": outcome.allowance.drop,
         "met": outcome.met,
-        "kept_float": outcome.kept["float"],
-        "kept_int16": outcome.kept["int16"],
+        **{f"kept_{instead}": names for instead, names in outcome.kept.items()},
         **_shares(outcome.best, outcome),
         "curve": curve(outcome),
         "trials": [_trial_json(t) for t in outcome.trials],
@@ -84,10 +83,9 @@ def as_json(outcome: Outcome) -> dict[str, Any]:
 
 
 def _trial_json(trial: Trial) -> dict[str, Any]:
-    kept = {"float": "kept_float", "int16": "kept_int16"}
-    names = {key: sorted(trial.setting.kept) if trial.setting.instead == k else [] for k, key in kept.items()}
-    row = {"pipeline": trial.setting.options, **names}
-    return {**row, **{name: getattr(trial, name) for name in FACTS}}
+    setting = trial.setting
+    kept = {f"kept_{k}": sorted(setting.kept) if setting.instead == k else [] for k in _WHERE}
+    return {"pipeline": setting.options, **kept, **{name: getattr(trial, name) for name in FACTS}}
 
 
 def _point_json(point: Sensitivity) -> dict[str, Any]:

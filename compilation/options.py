@@ -17,7 +17,7 @@ from ..passes.prune.plan import PruningPlan
 from ..passes.quantize.placement.fallback import Budget
 from ..recipe import parse_drop
 from ..runtime.evaluate import Evaluate
-from ..training.distributed import TorchProcesses, join_processes
+from ..training.distributed import TorchProcesses, join_processes, started_count
 from .placing import runs_here, without_vnni
 from .settings import Settings, has_integers, quantizes, reads_labels, trains
 
@@ -145,6 +145,11 @@ def _check_training(settings: Settings) -> None:
         raise DataError(f"the recipe trains on {kind}", hint=f"give training={given} (--train-data DATA)")
     if getattr(settings.training, "labelled", None) is False and reads_labels(settings.passes):
         raise DataError(f"{settings.training.name} has no labels, and the recipe reads them", hint="give labelled data")
+    if settings.processes is None and trains(settings.passes) and started_count() > 1:
+        raise OptionError(
+            "the recipe trains on all processes that torchrun started, and each would calibrate and write by itself",
+            hint="give distributed=True",
+        )
     if settings.training is not None and not trains(settings.passes):
         raise OptionError(
             "training data have no effect: nothing in the pipeline trains",

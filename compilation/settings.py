@@ -18,8 +18,8 @@ from ..passes.quantize.placement.fallback import Budget
 from ..passes.quantize.spec import Target
 from .placing import runs_here
 
-# From the first of these on, layers are compared with the program as it was before.
 DYNAMIC = "quantize-dynamic"
+# From the first of these on, layers are compared with the program as it was before.
 QUANTIZERS = ("qat", "fake-quantize", "quantize", "annotate", "observe", "calibrate")
 TRAINERS = ("finetune", "distil", "qat")
 

@@ -177,8 +177,8 @@ def transform(
         with stages.step("tune") as record:
             tail = placing.tuned(floating, tail, record)
     if not tail and only_prepares(passes[:cut]):
-        passes, cut = parse_pipeline(FLOAT_PIPELINE), len(parse_pipeline(FLOAT_PIPELINE))
-        floating = run(passes, program, 0)
+        passes = parse_pipeline(FLOAT_PIPELINE)
+        cut, floating = len(passes), run(passes, program, 0)
     final = run(tail, floating, cut) if tail else floating
     refuse_unfolded(final)
     stages.records += final.log[known:]
@@ -223,21 +223,19 @@ def lower_and_keep_speed(
         return stay_in_float(compiled, program, reference, settings, stages, context, timed)
     floating, cut = compiled.floating, first_quantizer(compiled.passes)
     made = [compiled.final]
-
-    plain = float_program if program is reference and only_prepares(compiled.passes[:cut]) else None
+    front: Sequence[Pass] = compiled.passes[:cut]
+    prepared = program is reference and only_prepares(front)
 
     def make(tail: list[Pass]) -> Timed:
-        if tail:
-            made.append(PassManager(tail, on_stage=stages.tell).run(floating, context))
-        else:
-            made.append(floating if plain is None else plain)
+        plain = float_program if prepared else floating
+        made.append(PassManager(tail, on_stage=stages.tell).run(floating, context) if tail else plain)
         return lower_and_time(float_program, made[-1], reference, settings.threads)
 
     with stages.step("not-slower") as record:
         good = lambda: allowed(made[-1])  # noqa: E731
         tail, timed = placing.not_slower(floating, compiled.passes[cut:], timed, record, make, good)
     stages.records += made[-1].log[len(floating.log) :]
-    front = compiled.passes[:cut] if tail or plain is None else tuple(parse_pipeline(FLOAT_PIPELINE))
+    front = parse_pipeline(FLOAT_PIPELINE) if prepared and not tail else front
     return Compiled(floating if tail else None, made[-1], compiled.plan, (*front, *tail)), timed
 
 

@@ -45,9 +45,14 @@ class TorchProcesses:
         return [unpacked(bytes(t[: int(n)].cpu().numpy())) for t, n in zip(told, sizes)]
 
 
+def started_count() -> int:
+    """How many processes `torchrun` or `accelerate launch` started; 1 where neither did."""
+    return int(os.environ.get("WORLD_SIZE", "1"))
+
+
 def join_processes() -> TorchProcesses | None:
     """The processes that this one was started with, None where it is alone."""
-    if int(os.environ.get("WORLD_SIZE", "1")) == 1 and not distributed.is_initialized():
+    if started_count() == 1 and not distributed.is_initialized():
         return None
     if not distributed.is_initialized():
         distributed.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo")

@@ -71,7 +71,7 @@ class CorrectBias(Pass):
 
 def correct_biases(twins: Twins, batches: list[Batch], context: Context) -> int:
     """Correct all layers in place, level by level. Returns how many."""
-    layers = {layer.node: layer for layer in twins.layers()}
+    target, layers = required_target(context), {layer.node: layer for layer in twins.layers()}
     expected = _means(PartialRun(twins.floating, [k.twin for k in layers.values()]), batches)
     front = Front(twins.program, layers, _FRONT_BYTES)
     done = 0
@@ -79,8 +79,7 @@ def correct_biases(twins: Twins, batches: list[Batch], context: Context) -> int:
         front.start(stage, level)
         got = _means(front, batches)
         for node in level:
-            shift = typical(expected[layers[node].twin] - got[node])
-            shift_bias(twins.program, layers[node], shift, required_target(context))
+            shift_bias(twins.program, layers[node], typical(expected[layers[node].twin] - got[node]), target)
         done += len(level)
         if context.progress:
             context.progress(CorrectBias.name, done, len(layers))
